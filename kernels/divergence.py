@@ -1,0 +1,243 @@
+"""Divergences between the lens and the model's own output.
+
+Where logits are linear in x, KL(reference || lens) needs no second look at the vocabulary: with p = softmax(z_T) and
+u = W^T p, both shared by all layers,
+
+    KL = lse - lse_T - (x - x_T) . u
+
+``kl_by_identity`` is that dot product, and ``Expectation`` computes u. Everything else walks the
+vocabulary a second time with both logsumexp known (``walked_divergences``): a program keeps the reference's tile in
+registers and passes all layers of its positions by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tuned_lens_fast.kernels.launch import Tile, processors, vocabulary_splits
+from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, transform
+
+#: fp16 keeps nothing below 6e-8, so probabilities are multiplied by this before they are split into two parts.
+PART_SCALE = 2.0**14
+#: Slices of the vocabulary in ``walked_divergences``; each costs 16 bytes of sums a row.
+MOST_SLICES = 32
+
+
+@triton.jit(do_not_specialize=["rows", "width"])
+def _softmax_parts(z, state, decay, parts, rows, width, stride_z, BLOCK: tl.constexpr, SCALE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    largest = tl.full((BLOCK,), EMPTY, tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        largest = tl.maximum(largest, tl.load(z + row * stride_z + start + column, mask=inside, other=EMPTY))
+    m = tl.load(state + row)
+    m_new = tl.maximum(m, tl.max(largest, 0))
+    s = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + column < width
+        y = tl.load(z + row * stride_z + start + column, mask=inside, other=MASKED) - m_new
+        p = tl.exp2(y * LOG2E)
+        s += p
+        p *= SCALE
+        high = p.to(parts.dtype.element_ty)
+        tl.store(parts + row * width + start + column, high, mask=inside)
+        low = (p - high.to(tl.float32)).to(parts.dtype.element_ty)
+        tl.store(parts + (rows + row) * width + start + column, low, mask=inside)
+    shrink = tl.exp2((m - m_new) * LOG2E)
+    tl.store(decay + row, shrink)
+    tl.store(state + row, m_new)
+    tl.store(state + rows + row, tl.load(state + rows + row) * shrink + tl.sum(s, 0))
+
+
+@triton.jit
+def _accumulate(u, products, decay, elements, D: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    total = tl.load(u + at, mask=inside, other=0.0) * tl.load(decay + at // D, mask=inside, other=0.0)
+    total += tl.load(products + at, mask=inside, other=0.0) + tl.load(products + elements + at, mask=inside, other=0.0)
+    tl.store(u + at, total, mask=inside)
+
+
+class Expectation:
+    """u = W^T softmax(z) of rows whose logits come a vocabulary tile at a time, in one walk.
+
+    Two 16-bit products a tile: in one, a probability would keep 8 bits in bf16 and u would be off by 1e-2 of a nat in
+    KL; the sum of two parts keeps 16 and is off by 3e-5.
+    """
+
+    def __init__(self, rows: int, d_model: int, device: torch.device) -> None:
+        self.u = torch.zeros(rows, d_model, dtype=torch.float32, device=device)
+        self._state = torch.zeros(2, rows, dtype=torch.float32, device=device)
+        self._state[0] = EMPTY.value
+        self._decay = torch.empty(rows, dtype=torch.float32, device=device)
+
+    def add(self, z: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Meet one tile: z fp32 [rows, width], weight [width, d_model], product: (a, b) -> a @ b in fp32."""
+        rows, width = z.shape
+        parts = torch.empty(2 * rows, width, dtype=weight.dtype, device=z.device)
+        _softmax_parts[(rows,)](
+            z, self._state, self._decay, parts, rows, width, z.stride(0), BLOCK=2048, SCALE=PART_SCALE, num_warps=8
+        )
+        elements = self.u.numel()
+        _accumulate[(triton.cdiv(elements, 4096),)](
+            self.u, product(parts, weight), self._decay, elements, D=self.u.shape[1], BLOCK=4096, num_warps=8
+        )
+
+    def normalised(self) -> tuple[Tensor, Tensor]:
+        """u fp32 [rows, d_model] and the normaliser fp32 [2, rows], once every tile was met."""
+        m, s = self._state
+        return self.u.div_(s.unsqueeze(1) * PART_SCALE), torch.stack([m, s.log()])
+
+
+@triton.jit(do_not_specialize=["rows", "positions"])
+def _kl_by_identity(
+    x, x_reference, u, normaliser, normaliser_reference, kl, rows, positions, stride_x, stride_reference, stride_u,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    position = row % positions
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, D, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < D
+        a = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(x_reference + position * stride_reference + column, mask=inside, other=0.0).to(tl.float32)
+        acc += (a - b) * tl.load(u + position * stride_u + column, mask=inside, other=0.0)
+    largest = tl.load(normaliser + row) - tl.load(normaliser_reference + position)
+    log_s = tl.load(normaliser + rows + row) - tl.load(normaliser_reference + positions + position)
+    tl.store(kl + row, tl.maximum((largest - tl.sum(acc, 0)) + log_s, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+def kl_by_identity(
+    x: Tensor, x_reference: Tensor, u: Tensor, normaliser: Tensor, normaliser_reference: Tensor
+) -> Tensor:
+    """KL(reference || lens), fp32 [rows], nats.
+
+    Args:
+        x: [layers * positions, d_model], layer by layer. x_reference: [positions, d_model].
+        u: fp32 [positions, d_model], W^T softmax(reference), times the head's scale.
+        normaliser: fp32 [2, layers * positions]. normaliser_reference: fp32 [2, positions].
+    """
+    rows = x.shape[0]
+    kl = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _kl_by_identity[(rows,)](
+        x, x_reference, u, normaliser, normaliser_reference, kl, rows, x_reference.shape[0],
+        x.stride(0), x_reference.stride(0), u.stride(0), D=x.shape[1], BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return kl
+
+
+@triton.jit
+def _tile_logits(
+    x, w, bias, row, token, row_mask, token_mask, stride_x, stride_w, scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, D, BK):
+        depth = k + tl.arange(0, BK)
+        deep = (depth < D)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + depth[None, :], mask=row_mask[:, None] & deep, other=0.0)
+        b = tl.load(w + token[:, None] * stride_w + depth[None, :], mask=token_mask[:, None] & deep, other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    if BIAS:
+        acc += tl.load(bias + token, mask=token_mask, other=0.0).to(tl.float32)[None, :]
+    acc = transform(acc, scale, softcap, SCALE, SOFTCAP)
+    if BIAS:
+        acc = tl.maximum(acc, MASKED, propagate_nan=tl.PropagateNan.ALL)
+    return acc
+
+
+@triton.jit(do_not_specialize=["positions", "vocab", "layers", "tiles_per_split"])
+def _walk(
+    x, x_reference, w, bias, normaliser, normaliser_reference, sums, positions, vocab, layers, tiles_per_split,
+    stride_x, stride_reference, stride_w, scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KL: tl.constexpr, REVERSE: tl.constexpr, JS: tl.constexpr, TV: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    position = block * BM + tl.arange(0, BM)
+    inside = position < positions
+    m_reference = tl.load(normaliser_reference + position, mask=inside, other=0.0)
+    log_s_reference = tl.load(normaliser_reference + positions + position, mask=inside, other=0.0)
+    rows = layers.to(tl.int64) * positions
+    for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(vocab, BN))):
+        token = tile * BN + tl.arange(0, BN)
+        real = token < vocab
+        reference = _tile_logits(
+            x_reference, w, bias, position.to(tl.int64), token.to(tl.int64), inside, real, stride_reference, stride_w,
+            scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
+        )  # fmt: skip
+        log_p = tl.where(real[None, :], (reference - m_reference[:, None]) - log_s_reference[:, None], MASKED)
+        p = tl.exp2(log_p * LOG2E)
+        row = position.to(tl.int64) - positions
+        for _ in tl.range(0, layers):
+            row += positions
+            z = _tile_logits(
+                x, w, bias, row, token.to(tl.int64), inside, real, stride_x, stride_w,
+                scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
+            )  # fmt: skip
+            m = tl.load(normaliser + row, mask=inside, other=0.0)
+            log_s = tl.load(normaliser + rows + row, mask=inside, other=0.0)
+            log_q = tl.where(real[None, :], (z - m[:, None]) - log_s[:, None], MASKED)
+            q = tl.exp2(log_q * LOG2E)
+            # This program alone owns its sums, so it may add to them tile by tile.
+            at = sums + split.to(tl.int64) * 4 * rows + row
+            if KL:  # sum p log(p / q) + q - p: every term is >= 0 and its first order in an error of lse is none
+                kl = tl.sum(tl.where(p > 0.0, p * (log_p - log_q), 0.0) - p + q, 1)
+                tl.store(at, tl.load(at, mask=inside, other=0.0) + kl, mask=inside)
+            if REVERSE:
+                reverse = tl.sum(tl.where(q > 0.0, q * (log_q - log_p), 0.0) - q + p, 1)
+                tl.store(at + rows, tl.load(at + rows, mask=inside, other=0.0) + reverse, mask=inside)
+            if JS:
+                log_m = tl.log2(tl.maximum(p + q, 1e-37, propagate_nan=tl.PropagateNan.ALL)) * LN2 - LN2
+                js = tl.where(p > 0.0, p * (log_p - log_m), 0.0) + tl.where(q > 0.0, q * (log_q - log_m), 0.0)
+                js = 0.5 * tl.sum(js, 1)
+                tl.store(at + 2 * rows, tl.load(at + 2 * rows, mask=inside, other=0.0) + js, mask=inside)
+            if TV:
+                tv = 0.5 * tl.sum(tl.abs(p - q), 1)
+                tl.store(at + 3 * rows, tl.load(at + 3 * rows, mask=inside, other=0.0) + tv, mask=inside)
+
+
+def walked_divergences(
+    x: Tensor, x_reference: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    normaliser: Tensor, normaliser_reference: Tensor, wanted: frozenset[str], tile: Tile, precision: str = "ieee",
+) -> dict[str, Tensor]:  # fmt: skip
+    """Those of kl, reverse_kl, js and tv that are wanted: fp32 [rows], nats (tv: a share of 1), at least 0.
+
+    Args:
+        x: [layers * positions, d_model], layer by layer. x_reference: [positions, d_model], x's dtype.
+        weight: [vocab, d_model]. bias: [vocab] or None. scale, softcap: see ``Head``.
+        normaliser: fp32 [2, layers * positions]. normaliser_reference: fp32 [2, positions].
+    """
+    names = ("kl", "reverse_kl", "js", "tv")
+    positions, d_model = x_reference.shape
+    layers = x.shape[0] // positions
+    vocab = weight.shape[0]
+    small = tile.block_rows < 64
+    # Four fp32 tiles are alive at once: the reference's and the layer's logits and their exponentials.
+    bm, bn = (16, 16) if small else (32, 64) if x.dtype == torch.float32 else (64, 128)
+    bk = min(tile.block_depth, 32 if x.dtype == torch.float32 else 64)
+    tiles = triton.cdiv(vocab, bn)
+    blocks = triton.cdiv(positions, bm)
+    per_split = triton.cdiv(tiles, min(vocabulary_splits(blocks, tiles, processors(x.device), blocks), MOST_SLICES))
+    splits = triton.cdiv(tiles, per_split)
+    sums = torch.zeros(splits, 4, layers * positions, dtype=torch.float32, device=x.device)
+    _walk[(blocks, splits)](
+        x, x_reference, weight, bias, normaliser, normaliser_reference, sums, positions, vocab, layers, per_split,
+        x.stride(0), x_reference.stride(0), weight.stride(0), scale, softcap or 1.0,
+        BM=bm, BN=bn, BK=bk, D=d_model, PRECISION=precision,
+        BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
+        KL="kl" in wanted, REVERSE="reverse_kl" in wanted, JS="js" in wanted, TV="tv" in wanted,
+        num_warps=4 if small or x.dtype == torch.float32 else 8, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    totals = sums.sum(0).clamp_(min=0.0)
+    return {name: totals[i] for i, name in enumerate(names) if name in wanted}

@@ -1,0 +1,92 @@
+"""Launch parameters: one deterministic function of the GPU, the dtype and the shape; nothing is searched at run time.
+
+The entries for sm_90 were chosen from measurements on an H100 (see statistics.py for what lost), those for other GPUs
+from what compiles without spills.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program of the statistics kernel works."""
+
+    block_rows: int
+    block_vocab: int  #: 8 groups of block_vocab / 8 members
+    block_depth: int
+    warps: int
+    stages: int
+    tma: bool = False  #: operands come through the bulk tensor copy engine (sm_90 and newer)
+    flat: bool = False  #: one loop over tiles and depth, so that loads run on under the statistics of a tile
+    merged: int = 1  #: tiles whose groups of columns are one group to the top k
+
+    @property
+    def members(self) -> int:
+        return self.block_vocab // 8
+
+    def without_tma(self) -> Tile:
+        return replace(self, tma=False, flat=False)
+
+
+def architecture(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (0, 0) on a CPU, where the kernels run in Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def statistics_tile(
+    capability: tuple[int, int], dtype: torch.dtype, d_model: int, precision: str = "ieee", keys: bool = True
+) -> Tile:
+    """The statistics kernel's tile for operands of ``dtype`` ``[rows, d_model]``; ``keys``: a top k is wanted."""
+    if capability == (0, 0):
+        return Tile(block_rows=16, block_vocab=64, block_depth=32, warps=4, stages=1)
+    if dtype == torch.float32:
+        if precision == "ieee":  # no matrix unit multiplies in full fp32
+            return Tile(64, 64, 16, warps=8, stages=3)
+        return Tile(128, 64, 32, warps=8, stages=3)
+    if d_model * dtype.itemsize % 16:  # neither the copy engine nor wide loads read such rows
+        return Tile(64, 64, 32, warps=8, stages=2)
+    if capability[0] == 9:
+        return Tile(128, 256, 64, warps=8, stages=3, tma=True, flat=True)
+    if capability[0] == 10:
+        return Tile(128, 128, 64, warps=8, stages=4, tma=True)
+    return Tile(128, 64, 64, warps=8, stages=3) if keys else Tile(128, 128, 32, warps=8, stages=3)
+
+
+def merged_tiles(vocab: int, tile: Tile, top_k: int) -> int:
+    """How many tiles share their groups: fewer groups are fewer numbers to write, read and search.
+
+    But a larger group holds two of the top k more often, and then all its members are multiplied again: of G groups
+    one does in k * k / 2G rows. 8 k * k groups keep that to one row in sixteen.
+    """
+    return next((merged for merged in (4, 2) if vocab // (tile.members * merged) >= 8 * top_k * top_k), 1)
+
+
+def row_band(d_model: int, itemsize: int, tile: Tile) -> int:
+    """Row blocks that run side by side: as many as leave half of a 50 MB L2 cache to the vocabulary."""
+    return max(1, 24 * 2**20 // (tile.block_rows * d_model * itemsize))
+
+
+@functools.lru_cache(maxsize=1024)
+def vocabulary_splits(row_blocks: int, tiles: int, programs: int, band: int) -> int:
+    """Into how many slices the vocabulary is cut so that ``programs`` processors finish together.
+
+    A program costs its tiles and about half a tile to start; the last wave is as long as a full one. No fewer slices
+    than let a band of row blocks occupy all processors: more row blocks at once would not stay in L2.
+    """
+
+    def waves(splits: int) -> float:
+        return -(-row_blocks * splits // programs) * (-(-tiles // splits) + 0.5)
+
+    least = min(tiles, -(-programs // band))
+    return min(range(max(1, least), max(least, min(tiles, 512)) + 1), key=waves)

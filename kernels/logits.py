@@ -1,0 +1,39 @@
+"""What every kernel that meets a tile of logits does to it first, and the numbers that stand for nothing."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: log2(e); exponentials are taken to base 2, which is what the hardware has.
+LOG2E = tl.constexpr(1.4426950408889634)
+#: ln(2)
+LN2 = tl.constexpr(0.6931471805599453)
+#: Where a running maximum starts. Finite, since (-inf) - (-inf) is NaN.
+EMPTY = tl.constexpr(-1e30)
+#: The logit of a masked column or of a bias of -inf: below EMPTY, so that it never counts, and finite like it.
+MASKED = tl.constexpr(-2e30)
+
+
+@triton.jit
+def transform(z, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """g(z): the model's scale and softcap. c tanh(z / c) = c - 2c / (exp(2z / c) + 1) needs one exponential."""
+    if SCALE:
+        z *= scale
+    if SOFTCAP:
+        z = softcap - tl.fdiv(2.0 * softcap, tl.exp2(z * (2.0 * LOG2E / softcap)) + 1.0)
+    return z
+
+
+@triton.jit
+def token_of(slot, place, groups, MEMBERS: tl.constexpr, MERGED: tl.constexpr):
+    """The token id at a place of a slot, -1 if there is none (see statistics.py for how they are numbered)."""
+    tiles = groups // 8
+    whole = (tiles + MERGED - 1) // MERGED
+    member = place % MEMBERS
+    after = slot // 8 - whole
+    tile = tl.where(after < 0, slot // 8 * MERGED + place // MEMBERS, tiles + after)
+    group = tile * 8 + slot % 8
+    left_over = tile * 8 >= groups
+    exists = tl.where(after < 0, tile < tiles, (place < MEMBERS) & (left_over | (group < groups)))
+    return tl.where(exists, tl.where(left_over, MEMBERS * groups + member * 8 + slot % 8, member * groups + group), -1)

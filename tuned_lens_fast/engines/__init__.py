@@ -1,0 +1,39 @@
+"""The engines, which of them work here, and which one `auto` takes.
+
+Every engine answers the same question (see :mod:`tuned_lens_fast.engines.seam`) with the same meaning; they differ
+in where they run and how fast.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tuned_lens_fast.engines.eager import EagerEngine
+from tuned_lens_fast.engines.seam import Engine
+from tuned_lens_fast.engines.triton import TritonEngine
+
+#: In order of preference: `auto` takes the first that works on the device.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TritonEngine(), EagerEngine())}
+
+
+def engines() -> dict[str, str]:
+    """Engine name -> "ok", or why it does not work on this machine and what would change that."""
+    return {name: engine.unavailable() or "ok" for name, engine in ENGINES.items()}
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
+    """The engine called ``name``, or for "auto" the fastest that works on ``device`` for a head of ``dtype``.
+
+    Raises:
+        ValueError: no such engine, or it does not work there.
+    """
+    if name == "auto":
+        # Triton's interpreter makes its engine work on a CPU: for its own tests, too slow for anything else.
+        works = [engine for engine in ENGINES.values() if engine.unavailable(device, dtype) is None]
+        return next(engine for engine in works if engine.name != "triton" or device.type == "cuda")
+    if name not in ENGINES:
+        raise ValueError(f"engine: got {name!r}, wanted 'auto' or one of {', '.join(map(repr, ENGINES))}")
+    reason = ENGINES[name].unavailable(device, dtype)
+    if reason is not None:
+        raise ValueError(f"engine: {name!r} does not work on {device} with {dtype}: {reason}")
+    return ENGINES[name]

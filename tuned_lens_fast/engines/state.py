@@ -1,0 +1,161 @@
+"""A row's running state over the vocabulary, and the merge of two states: the definition all engines share.
+
+Logits are met a vocabulary tile at a time. What is kept of a tile is, for every row,
+
+    m = max z    s = sum exp(z - m)    t = sum exp(z - m) (z - m)    r = #{z > z_target}    the top k (z, id)
+
+and, where wanted, the target's own logit and ``sum exp(z - m) W``, of which u = W^T softmax(z) is made.
+``merge`` puts two disjoint parts of the vocabulary together; it is associative and commutative, so parts may
+be met in any order, on any thread or device (Milakov and Gimelshein, 2018, for m and s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: exp of anything below is 0 in fp32: clamping z - m here changes no sum, and keeps 0 * (-inf) out of them.
+EXP_FLOOR = -1000.0
+#: Tokens a group in the search for a tile's top k. Two levels cost tile / GROUP + k * GROUP keys a row.
+GROUP = 16
+#: The key that stands for "no token".
+NO_KEY = torch.iinfo(torch.int64).min
+_ID_MASK = 0xFFFFFFFF
+
+
+def top_keys(logits: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys ordered as (logit, lower id first): fp32 logits and int64 ids below 2^32, broadcast
+    together.
+
+    All keys of a row differ, so the largest k are the same in whatever order they are met. The upper half
+    holds the logit's bits, those of negative numbers reversed, the lower half the complement of the id.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 tie
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) | (_ID_MASK - ids)
+
+
+def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The fp32 logits and the int64 ids that :func:`top_keys` packed."""
+    ordered = (keys >> 32).to(torch.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.view(torch.float32), _ID_MASK - (keys & _ID_MASK)
+
+
+def tile_top_keys(z: Tensor, first: int, k: int) -> Tensor:
+    """Keys of a superset of a tile's top k: at most k * GROUP + GROUP a row, [rows, candidates].
+
+    A token of the top k lies in one of the k groups with the largest maxima (the lower group first on a tie):
+    else each of those groups would hold a token that comes before it.
+    """
+    rows, width = z.shape
+    groups = width // GROUP
+    ids = torch.arange(first, first + width, device=z.device)
+    if groups <= k:
+        return top_keys(z, ids)
+    grouped = z[:, : groups * GROUP].unflatten(1, (groups, GROUP))
+    group_ids = torch.arange(groups, device=z.device)
+    best = split_keys(top_keys(grouped.amax(2), group_ids).topk(k, dim=1).values)[1].unsqueeze(2)
+    inside = grouped.gather(1, best.expand(rows, k, GROUP))
+    inside_ids = first + best * GROUP + torch.arange(GROUP, device=z.device)
+    keys = top_keys(inside, inside_ids).flatten(1)
+    tail = groups * GROUP
+    return keys if tail == width else torch.cat([keys, top_keys(z[:, tail:], ids[tail:])], 1)
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of every row after some part of the vocabulary; None where it was not asked for.
+
+    A row with a NaN or +inf among its logits has a NaN ``s``.
+    """
+
+    m: Tensor  #: fp32 [rows]; -inf where all logits are
+    s: Tensor  #: fp32 [rows], relative to m
+    t: Tensor | None = None  #: fp32 [rows], relative to m
+    r: Tensor | None = None  #: int64 [rows]
+    target: Tensor | None = None  #: fp32 [rows], the target's logit; -inf while it has not been met
+    top: Tensor | None = None  #: int64 [rows, k] keys in descending order; NO_KEY where there are fewer tokens
+    u: Tensor | None = None  #: fp32 [rows, d_model], sum exp(z - m) W, relative to m
+
+    @staticmethod
+    def of_tile(
+        z: Tensor,
+        first: int,
+        *,
+        entropy: bool = False,
+        targets: Tensor | None = None,
+        rank: bool = False,
+        threshold: Tensor | None = None,
+        top_k: int = 0,
+        weight: Tensor | None = None,
+    ) -> State:
+        """The state of one vocabulary tile, whose logits are overwritten.
+
+        Args:
+            z: fp32 ``[rows, width]``, the logits of tokens first .. first + width - 1.
+            first: the tile's first token id.
+            entropy: whether t is wanted.
+            targets: int64 ``[rows]``; ids outside of the tile are not found in it.
+            rank: whether r is wanted (with targets).
+            threshold: fp32 ``[rows]``, the target's logit by the same arithmetic as z, to count r against;
+                not needed where the tile holds every target.
+            top_k: how many keys to keep.
+            weight: ``[width, d_model]``, the tile's rows of W in the dtype of z, where u is wanted.
+        """
+        found, r, top = None, None, None
+        scratch = torch.empty_like(z)
+        if targets is not None:
+            column = (targets - first).unsqueeze(1)
+            met = (column >= 0) & (column < z.shape[1])
+            own = z.gather(1, column.clamp(0, z.shape[1] - 1))
+            found = own.masked_fill(~met, float("-inf")).squeeze(1)
+            if rank:
+                threshold = found if threshold is None else threshold
+                # A float comparison and sum: those of bool and int64 take five times as long on a CPU.
+                larger = torch.gt(z, threshold.unsqueeze(1), out=scratch).sum(1).to(torch.int64)
+                r = larger - (met.squeeze(1) & (found > threshold)).to(torch.int64)
+        if top_k:
+            keys = tile_top_keys(z, first, top_k)
+            top = _largest(keys, top_k)
+        m = z.amax(1)
+        d = torch.sub(z, _finite(m).unsqueeze(1), out=scratch).clamp_(min=EXP_FLOOR)
+        e = torch.exp(d, out=z)
+        s = e.sum(1)
+        u = None if weight is None else e @ weight
+        t = e.mul_(d).sum(1) if entropy else None
+        return State(m, s, t, r, found, top, u)
+
+    @staticmethod
+    def merge(a: State, b: State) -> State:
+        """The state of two disjoint parts of the vocabulary together."""
+        m = torch.maximum(a.m, b.m)
+        shift_a = (a.m - _finite(m)).clamp(min=EXP_FLOOR)
+        shift_b = (b.m - _finite(m)).clamp(min=EXP_FLOOR)
+        scale_a, scale_b = shift_a.exp(), shift_b.exp()
+        t = r = target = top = u = None
+        if a.t is not None and b.t is not None:
+            t = scale_a * (a.t + a.s * shift_a) + scale_b * (b.t + b.s * shift_b)
+        if a.r is not None and b.r is not None:
+            r = a.r + b.r
+        if a.target is not None and b.target is not None:
+            target = torch.maximum(a.target, b.target)
+        if a.top is not None and b.top is not None:
+            top = _largest(torch.cat([a.top, b.top], 1), a.top.shape[1])
+        if a.u is not None and b.u is not None:
+            u = (a.u * scale_a.unsqueeze(1)).addcmul_(b.u, scale_b.unsqueeze(1))
+        return State(m, scale_a * a.s + scale_b * b.s, t, r, target, top, u)
+
+
+def _finite(m: Tensor) -> Tensor:
+    """m, or 0 where every logit so far is -inf: (-inf) - (-inf) would be NaN."""
+    return m.masked_fill(m == float("-inf"), 0.0)
+
+
+def _largest(keys: Tensor, k: int) -> Tensor:
+    """The k largest keys [rows, k] in descending order, filled up with NO_KEY."""
+    missing = k - keys.shape[1]
+    keys = keys.topk(min(k, keys.shape[1]), dim=1).values
+    return keys if missing <= 0 else torch.nn.functional.pad(keys, (0, missing), value=NO_KEY)

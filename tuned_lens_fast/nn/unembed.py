@@ -1,0 +1,344 @@
+"""The end of a model as a lens needs it: final norm, head, and what the model does to its logits.
+
+On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy: an
+:class:`Unembed` reads the model's own tensors, and describes them plainly
+(:class:`~tuned_lens_fast.engines.seam.Norm`, :class:`~tuned_lens_fast.engines.seam.Head`) for the engines.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from tuned_lens_fast import model_surgery
+from tuned_lens_fast.engines.seam import Head, Norm
+
+
+@dataclass
+class InversionOutput:
+    """What :meth:`Unembed.invert` found."""
+
+    preimage: Tensor  #: [..., d_model], the hidden states h
+    grad_norm: Tensor  #: norm of the loss's gradient at h
+    kl: Tensor  #: mean of KL(target || softmax(unembed(h))), nats
+    loss: Tensor  #: kl plus the weighted prior term
+    nfev: int  #: evaluations of the loss
+
+
+class Unembed(nn.Module):
+    """Maps hidden states to logits the way the model does at its end.
+
+    The norm and head stay the model's. They are no submodules of this one, so moving, casting, freezing or
+    training a lens leaves the model as it was, while ``model.to(...)`` or new weights in the model are seen
+    here. ``parameters()`` and ``state_dict()`` are empty; a state dict with norm and head in it loads, and
+    they are not read. A deep copy reads the same model; a pickle holds the norm and head, so that it works
+    alone.
+
+    ``unembed.to(device)`` with another device than the model's keeps a copy there, since no storage can be on
+    two devices; move the model instead where that matters. Casts do not reach the norm and head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Reads the end of ``model``, a causal LM of transformers or TransformerLens's ``HookedTransformer``.
+
+        Raises:
+            ValueError: ``model`` has no linear head or no final norm, or its weights are not loaded (meta
+                device).
+            NotImplementedError: the model's type is not known, or no lens can read it.
+        """
+        super().__init__()
+        norm = model_surgery.get_final_norm(model)
+        linear = model_surgery.get_unembedding_matrix(model)
+        hooked = model_surgery.is_hooked_transformer(model)
+        # A tuple of modules is not registered as submodules.
+        self._model_end: tuple[nn.Module, nn.Module] = (norm, model.unembed if hooked else linear)
+        self._moved: tuple[nn.Module, nn.Linear] | None = None
+        self._transform = model_surgery.get_logit_transform(model)
+        self._formula = _recognise(norm, linear.in_features)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The model's final norm as a frozen module on the same storage, without any factor."""
+        return _frozen_alias(self._end()[0])
+
+    @property
+    def unembedding(self) -> nn.Linear:
+        """The model's head as a frozen linear layer on the same storage, without scale or softcap."""
+        return _frozen_alias(self._end()[1])
+
+    @property
+    def norm(self) -> Norm:
+        """The final norm and factor as the engines take them; its tensors alias the model's."""
+        module, factor = self._end()[0], self._transform.factor
+        if self._formula is None:
+            return Norm(kind="module", module=_frozen_alias(module), factor=factor)
+        tensors = dict(module.named_parameters())
+        return Norm(
+            kind=self._formula.kind,
+            weight=tensors[self._formula.weight].detach() if self._formula.weight else None,
+            bias=tensors[self._formula.bias].detach() if self._formula.bias else None,
+            eps=self._formula.eps,
+            unit_offset=self._formula.unit_offset,
+            factor=factor,
+        )
+
+    @property
+    def head(self) -> Head:
+        """The head, scale and softcap as the engines take them; its tensors alias the model's.
+
+        Raises:
+            TypeError: the head's weight is quantised to integers.
+        """
+        linear = self._end()[1]
+        if not linear.weight.is_floating_point():
+            raise TypeError(f"model: its head is {linear.weight.dtype}; wanted a floating dtype, leave it unquantised")
+        return Head(
+            weight=linear.weight.detach(),
+            bias=None if linear.bias is None else linear.bias.detach(),
+            scale=self._transform.scale,
+            softcap=self._transform.softcap,
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Logits, as the model itself computes them from the output of its last block.
+
+        The norm is computed in fp32 (fp64 for fp64 ``h``), the product with the head in the head's dtype.
+        Differentiable with respect to ``h`` only.
+
+        Args:
+            h: floating ``[..., d_model]``.
+
+        Returns:
+            ``[..., vocab]`` in the head's dtype.
+
+        Raises:
+            TypeError: ``h`` is not floating.
+            ValueError: the last dimension of ``h`` is not d_model.
+        """
+        head = self.head
+        check_hidden(h, head.weight.shape[1])
+        x = self.norm(h.to(torch.promote_types(h.dtype, torch.float32)))
+        return head.transform(F.linear(x.to(head.weight.dtype), head.weight, head.bias))
+
+    def unembedding_hash(self) -> str:
+        """A hash of the head's weight that identifies the model and survives a change of dtype.
+
+        The same as tuned-lens 0.2.0's: SHA-256 of how NumPy prints the matrix, with one digit. A large matrix
+        prints as its corners, so only these are read.
+        """
+        weight = self.unembedding.weight.detach()
+        rows, columns = ([*range(3), n // 2, *range(n - 3, n)] if n > 6 else [*range(n)] for n in weight.shape)
+        with np.printoptions(edgeitems=3, threshold=1000, linewidth=75, suppress=False, sign="-", floatmode="maxprec"):
+            if weight.numel() > 1000:
+                corners = weight[rows][:, columns].float().cpu().numpy()
+                text = np.array2string(corners, precision=1, threshold=0)
+            else:
+                text = np.array2string(weight.float().cpu().numpy(), precision=1)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def invert(
+        self,
+        logits: Tensor,
+        *,
+        h0: Tensor | None = None,
+        max_iter: int = 1000,
+        optimizer: Literal["lbfgs", "sgd"] = "lbfgs",
+        prior_weight: float = 0.0,
+        prior: Distribution | None = None,
+        step_size: float = 1.0,
+        tol: float = 1e-3,
+        weight: Tensor | None = None,
+    ) -> InversionOutput:
+        """Hidden states h whose next-token distribution q(h) comes closest to that of ``logits``.
+
+        Minimises the mean over positions of KL(p || q(h)), p = softmax(logits), by gradient descent. With
+        d_model below the vocabulary's size most p have no exact preimage (the softmax bottleneck,
+        arXiv:1711.03953).
+
+        Args:
+            logits: ``[..., vocab]``.
+            h0: where to start, ``[..., d_model]``; by default from least squares in W x + b.
+            max_iter: at most about so many evaluations of the loss.
+            optimizer: "lbfgs" or "sgd".
+            prior_weight, prior: adds ``-prior_weight * prior.log_prob(norm(h))``, averaged over positions.
+            step_size: the optimizer's.
+            tol: stops when the loss or its gradient's norm is smaller.
+            weight: how much each token counts in the divergence, broadcastable to ``logits``; by default 1.
+
+        Returns:
+            Its ``preimage`` is h itself, so that ``unembed(preimage)`` approximates ``logits``.
+
+        Raises:
+            ValueError: mismatched shapes, or no such optimizer.
+            RuntimeError: the loss is not finite.
+        """
+        head = self.head
+        vocab, d_model = head.weight.shape
+        if logits.shape[-1:] != (vocab,):
+            raise ValueError(f"logits: got shape {[*logits.shape]}, wanted [..., {vocab}]")
+        if h0 is not None and h0.shape != (*logits.shape[:-1], d_model):
+            raise ValueError(f"h0: got shape {[*h0.shape]}, wanted {[*logits.shape[:-1], d_model]}")
+        if optimizer not in ("lbfgs", "sgd"):
+            raise ValueError(f"optimizer: got {optimizer!r}, wanted 'lbfgs' or 'sgd'")
+
+        log_p = logits.detach().float().log_softmax(-1)
+        p = log_p.exp()
+        weighted = p if weight is None else p * weight
+        start = _first_guess(logits.detach(), self.norm, head) if h0 is None else h0.detach().float().clone()
+        h = start.requires_grad_()
+        opt: torch.optim.Optimizer
+        if optimizer == "lbfgs":
+            opt = torch.optim.LBFGS(
+                [h], lr=step_size, max_iter=max_iter, tolerance_change=tol, line_search_fn="strong_wolfe"
+            )
+        else:
+            opt = torch.optim.SGD([h], lr=step_size)
+        nfev, kl, loss = 0, log_p.new_tensor(torch.inf), log_p.new_tensor(torch.inf)
+
+        def evaluate() -> Tensor:
+            nonlocal nfev, kl, loss
+            nfev += 1
+            log_q = self(h).float().log_softmax(-1)
+            # A token of probability 0 has log p = -inf and contributes nothing.
+            kl = torch.where(p == 0, 0, weighted * (log_p - log_q)).sum(-1).mean()
+            loss = kl
+            if prior is not None and prior_weight:
+                loss = kl - prior_weight * prior.log_prob(self.norm(h)).mean()
+            if not loss.isfinite():
+                raise RuntimeError(f"the loss is {loss.item()} after {nfev} evaluations; are the logits finite?")
+            opt.zero_grad()
+            loss.backward()
+            return loss
+
+        grad_norm = log_p.new_tensor(torch.inf)
+        while nfev < max_iter and grad_norm >= tol and loss >= tol:
+            opt.step(evaluate)
+            assert h.grad is not None
+            grad_norm = h.grad.norm()
+        return InversionOutput(h.detach(), grad_norm, kl.detach(), loss.detach(), nfev)
+
+    def _end(self) -> tuple[nn.Module, nn.Linear]:
+        """Norm and head on the lens's device: the model's, unless the lens was moved away from it."""
+        norm, head = self._model_end
+        linear = model_surgery.as_linear(head)
+        if self._moved is not None and self._moved[1].weight.device != linear.weight.device:
+            return self._moved
+        self._moved = None
+        return norm, linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unembed:
+        """Follows the lens to another device; see the class."""
+        norm, linear = self._end()
+        here = linear.weight.device
+        there = fn(torch.empty(0, device=here)).device
+        if there != here:
+            self._moved = (_frozen_alias(norm).to(there), _frozen_alias(linear).to(there))
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Reads nothing: norm and head are the model's, whatever a state dict holds."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unembed:
+        memo[id(self)] = duplicate = copy.copy(self)
+        return duplicate
+
+
+def check_hidden(h: Tensor, d_model: int) -> None:
+    """Raises a TypeError or ValueError unless ``h`` is a floating tensor ``[..., d_model]``."""
+    if not h.is_floating_point():
+        raise TypeError(f"h: got {h.dtype}, wanted a floating dtype")
+    if h.shape[-1:] != (d_model,):
+        raise ValueError(f"h: got shape {[*h.shape]}, wanted [..., {d_model}]")
+
+
+@dataclass(frozen=True)
+class _Formula:
+    """How a norm module computes: a formula of :class:`Norm`, and the names of the parameters in it."""
+
+    kind: Literal["layer", "rms"]
+    weight: str | None
+    bias: str | None
+    eps: float
+    unit_offset: bool
+
+
+def _recognise(module: nn.Module, d_model: int) -> _Formula | None:
+    """The formula that gives what ``module`` gives on a few vectors; None if none does."""
+    parameters = dict(module.named_parameters())
+    if any(p.is_meta for p in parameters.values()):
+        raise ValueError("model: its weights are not loaded (meta device); load them before building a lens")
+    weight = next((name for name in ("weight", "w") if name in parameters), None)
+    bias = next((name for name in ("bias", "b") if name in parameters), None)
+    if set(parameters) != {weight, bias} - {None} or any(p.shape != (d_model,) for p in parameters.values()):
+        return None
+    some = next(iter(parameters.values()), torch.empty(0))
+    # Off-centre, so that LayerNorm and RMSNorm differ; one row so small that eps matters.
+    x = torch.randn(3, d_model, generator=torch.Generator().manual_seed(0)) + 0.5
+    x = (x * torch.tensor([[1.0], [30.0], [3e-3]])).to(some.device, some.dtype)
+    with torch.no_grad():
+        # forward() rather than a call, so that the user's hooks see nothing of this.
+        wanted = module.forward(x).double()
+    tolerance = max(1e-4, 4 * torch.finfo(some.dtype).eps) * wanted.abs().amax(-1, keepdim=True)
+    epsilons = dict.fromkeys([*(v for v in vars(module).values() if isinstance(v, float)), 1e-5, 1e-6])
+    for eps, kind, unit_offset in product(epsilons, ("rms", "layer"), (False, True) if weight else (False,)):
+        formula = _Formula(kind, weight, bias, eps, unit_offset)
+        norm = Norm(
+            kind,
+            weight=parameters[weight].detach() if weight else None,
+            bias=parameters[bias].detach() if bias else None,
+            eps=eps,
+            unit_offset=unit_offset,
+        )
+        if ((norm(x.double()) - wanted).abs() <= tolerance).all():
+            return formula
+    return None
+
+
+def _frozen_alias(module: Any) -> Any:
+    """A module that computes what ``module`` does with the same storage, and whose state is its own.
+
+    Moving, casting or freezing it leaves ``module`` alone, and no gradient reaches ``module``'s parameters.
+    """
+    alias = copy.copy(module)
+    alias._parameters = {
+        name: p if p is None else nn.Parameter(p.detach(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    alias._buffers = dict(module._buffers)
+    alias._modules = {name: m if m is None else _frozen_alias(m) for name, m in module._modules.items()}
+    return alias
+
+
+def _first_guess(logits: Tensor, norm: Norm, head: Head) -> Tensor:
+    """Hidden states ``[..., d_model]``, exact where ``logits`` are the model's and its norm has a formula.
+
+    Solves W x + b = g^-1(logits) by least squares, up to a constant that softmax does not see, then undoes
+    what the norm does after normalising.
+    """
+    z = logits.float()
+    lowest = z.masked_fill(z.isneginf(), torch.inf).amin(-1, keepdim=True)
+    z = z.maximum(lowest)
+    if head.softcap is not None:
+        z = torch.atanh((z / head.softcap).clamp(-1 + 1e-6, 1 - 1e-6)) * head.softcap
+    z = z / head.scale - (0 if head.bias is None else head.bias.float())
+    weight = head.weight.float()
+    weight = weight - weight.mean(0)
+    gram = weight.T @ weight
+    # A ridge, for vocabularies smaller than d_model.
+    gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+    x = torch.linalg.solve(gram, (z @ weight).reshape(-1, len(gram)).T).T.reshape(*z.shape[:-1], -1)
+    x = x / norm.factor - (0 if norm.bias is None else norm.bias.float())
+    if norm.weight is not None:
+        scale = norm.weight.float() + (1 if norm.unit_offset else 0)
+        x = torch.where(scale.abs() < 1e-6, 0, x / scale)
+    return x.contiguous()
