@@ -1,0 +1,587 @@
+"""The lenses: values in float64, what they are saved as, what they generate, and what they refuse."""
+
+import json
+import os
+import pickle
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
+from torch import nn
+
+from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts
+from tuned_lens_fast.engines.seam import Translator
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def trained(model, seed=3, **kwargs):
+    lens = TunedLens.from_model(model, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lens.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return lens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("gpt2")
+
+
+class StandIn:
+    """What users' tests pass for an Unembed."""
+
+    def __init__(self, d_model=D_MODEL):
+        self.unembedding = nn.Linear(d_model, VOCAB)
+
+    def forward(self, h):
+        return self.unembedding(h)
+
+    def unembedding_hash(self):
+        return 42
+
+
+def config(**values):
+    return TunedLensConfig(**{"base_model_name_or_path": "m", "d_model": D_MODEL, "num_hidden_layers": 3, **values})
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "cohere"])
+def test_starts_as_the_logit_lens(model_type, bias):
+    model = tiny(model_type)
+    tuned, logit = TunedLens.from_model(model, bias=bias), LogitLens.from_model(model)
+    h = torch.randn(2, 5, D_MODEL)
+    for idx in range(LAYERS):
+        assert torch.equal(tuned(h, idx), logit(h, idx))
+        assert torch.equal(tuned.transform_hidden(h, idx), h)
+        assert torch.equal(logit.transform_hidden(h, idx), h)
+        assert (tuned[idx].bias is not None) == bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_transform_hidden_in_float64(model, bias):
+    lens = trained(model, bias=bias)
+    h = torch.randn(2, 5, D_MODEL)
+    for idx in range(LAYERS):
+        wanted = h.double() + torch.einsum("oi,bsi->bso", lens[idx].weight.double(), h.double())
+        if bias:
+            wanted += lens[idx].bias.double()
+        torch.testing.assert_close(lens.transform_hidden(h, idx).double(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lens(h, idx=idx), lens.unembed(wanted.float()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("h_dtype", DTYPES)
+@pytest.mark.parametrize("lens_dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_mixed_dtypes(model, lens_dtype, h_dtype, bias):
+    lens = trained(model, bias=bias).to(lens_dtype)
+    h = torch.randn(4, D_MODEL).to(h_dtype)
+    got = lens.transform_hidden(h, 1)
+    assert got.dtype == torch.promote_types(lens_dtype, h_dtype)
+    wanted = h.double() + h.double() @ lens[1].weight.double().T + (lens[1].bias.double() if bias else 0)
+    eps = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(got.double(), wanted, atol=4 * eps, rtol=4 * eps)
+    assert lens(h, 1).dtype == torch.float32
+
+
+def test_translators_are_modules_to_read_assign_and_train(model):
+    lens = trained(model)
+    assert isinstance(lens.layer_translators, nn.ModuleList)
+    assert len(lens) == LAYERS
+    assert list(lens) == [lens[i] for i in range(LAYERS)]
+    assert lens[-1] is lens.layer_translators[LAYERS - 1]
+    assert all(isinstance(linear, nn.Linear) for linear in lens)
+    assert {id(p) for p in lens.parameters()} == {id(p) for linear in lens for p in linear.parameters()}
+    stacked = torch.randn(LAYERS, D_MODEL, D_MODEL)
+    for linear, weight in zip(lens, stacked, strict=True):
+        linear.weight.data = weight
+    h = torch.randn(D_MODEL)
+    torch.testing.assert_close(lens.transform_hidden(h, 2), h + stacked[2] @ h + lens[2].bias)
+    translator = lens.translator(2)
+    assert isinstance(translator, Translator)
+    assert translator.weight.data_ptr() == stacked[2].data_ptr()
+    assert not translator.weight.requires_grad
+
+
+def test_is_differentiable():
+    lens = trained(tiny("gemma2").double())
+    h = torch.randn(2, D_MODEL, dtype=torch.float64, requires_grad=True)
+    weight, bias = lens[1].weight.detach().requires_grad_(), lens[1].bias.detach().requires_grad_()
+
+    def loss(h, weight, bias):
+        z = torch.func.functional_call(
+            lens, {"layer_translators.1.weight": weight, "layer_translators.1.bias": bias}, (h, 1)
+        )
+        return z.logsumexp(-1)
+
+    assert torch.autograd.gradcheck(loss, (h, weight, bias))
+    assert lens(h.detach(), 1).requires_grad
+    assert not lens.requires_grad_(False)(h.detach(), 1).requires_grad
+
+
+def test_training_lowers_the_loss(model):
+    lens, logit = TunedLens.from_model(model), LogitLens.from_model(model)
+    h, target = torch.randn(64, D_MODEL), torch.randn(64, D_MODEL)
+    wanted = logit(target, 0).softmax(-1)
+    optimizer = torch.optim.Adam(lens.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(lens(h, 1), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert all(p.grad is None for p in model.parameters())
+
+
+# --- construction and errors ---
+
+
+def test_lens_is_abstract():
+    with pytest.raises(TypeError, match="abstract"):
+        Lens(StandIn())
+
+
+def test_a_users_lens_needs_a_translator_only_to_decode(model):
+    class Doubled(Lens):
+        def transform_hidden(self, h, idx):
+            return 2 * h
+
+        def forward(self, h, idx):
+            return self.unembed.forward(self.transform_hidden(h, idx))
+
+    lens = Doubled(Unembed(model))
+    assert lens(torch.randn(2, D_MODEL), 0).shape == (2, VOCAB)
+    with pytest.raises(NotImplementedError, match="Doubled has no translator"):
+        lens.translator(0)
+
+
+def test_a_stand_in_for_unembed():
+    unembed, h = StandIn(), torch.randn(2, D_MODEL)
+    lens = TunedLens(unembed, config())
+    assert lens.config.unembed_hash == 42
+    assert torch.equal(lens(h, 0), unembed.unembedding(h))
+    assert torch.equal(LogitLens(unembed)(h, 0), unembed.unembedding(h))
+
+
+def test_the_callers_config_is_left_alone(model):
+    mine = config(unembed_hash="mine")
+    lens = TunedLens(Unembed(model), mine)
+    assert mine.unembed_hash == "mine"
+    assert lens.config.unembed_hash == Unembed(model).unembedding_hash()
+    assert mine.num_hidden_layers == len(lens)
+
+
+def test_from_model_fills_the_config():
+    model = tiny("llama").to(torch.bfloat16)
+    model.config.name_or_path = "some/model"
+    lens = TunedLens.from_model(model, model_revision="v1", bias=False)
+    assert lens.config.to_dict() == {
+        "base_model_name_or_path": "some/model",
+        "d_model": D_MODEL,
+        "num_hidden_layers": LAYERS,
+        "bias": False,
+        "base_model_revision": "v1",
+        "unembed_hash": lens.unembed.unembedding_hash(),
+        "lens_type": "linear_tuned_lens",
+    }
+    assert {p.dtype for p in lens.parameters()} == {torch.bfloat16}
+
+
+def test_config_from_dict():
+    values = config().to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert TunedLensConfig.from_dict(values) == config()
+        assert TunedLensConfig.from_dict(
+            {"base_model_name_or_path": "m", "d_model": 32, "num_hidden_layers": 3, "unemebd_hash": "x"}
+        ) == config(unembed_hash="x")
+    with pytest.warns(UserWarning, match="unknown key 'banana'"):
+        assert TunedLensConfig.from_dict(values | {"banana": 1}) == config()
+    assert "banana" not in values
+    with pytest.raises(ValueError, match="num_hidden_layers missing"):
+        TunedLensConfig.from_dict({"base_model_name_or_path": "m", "d_model": 3})
+
+
+def test_out_of_range_and_misshapen(model):
+    lens = trained(model)
+    h = torch.randn(2, D_MODEL)
+    for idx in (LAYERS, -LAYERS - 1):
+        with pytest.raises(IndexError):
+            lens(h, idx)
+    for idx in (LAYERS, -1):
+        with pytest.raises(IndexError, match=f"got layer {idx}, wanted 0 to 2"):
+            lens.translator(idx)
+    assert LogitLens.from_model(model).translator(0) is None
+    with pytest.raises(ValueError, match=r"h: got shape \[2, 31\]"):
+        lens(h[:, 1:], 0)
+    with pytest.raises(TypeError, match=r"h: got torch\.int64"):
+        lens.transform_hidden(h.long(), 0)
+    with pytest.raises(ValueError, match="d_model 16 for a model of d_model 32"):
+        TunedLens(Unembed(model), config(d_model=16))
+
+
+def test_decode_passes_everything_on(model):
+    lens, h = trained(model), torch.randn(LAYERS, 2, D_MODEL)
+    asked = {
+        "layers": [0],
+        "targets": torch.zeros(2),
+        "reference": h[0],
+        "top_k": 3,
+        "watch": [1],
+        "stats": ["entropy"],
+        "engine": "eager",
+        "memory_budget": 7,
+    }
+    with mock.patch("tuned_lens_fast.decode.decode", return_value="stats") as decode:
+        assert lens.decode(h, **asked) == "stats"
+        decode.assert_called_once_with(lens, h, **asked)
+        lens.decode(h)
+    with pytest.raises(TypeError):
+        lens.decode(h, [0])
+    assert decode.call_args.kwargs == {
+        "layers": None,
+        "targets": None,
+        "reference": None,
+        "top_k": 0,
+        "watch": None,
+        "stats": None,
+        "engine": "auto",
+        "memory_budget": None,
+    }
+
+
+# --- save and load ---
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_load(tmp_path, bias, dtype):
+    model = tiny("gemma2").to(dtype)
+    lens, h = trained(model, bias=bias), torch.randn(2, D_MODEL)
+    folder = tmp_path / "a" / "b"
+    lens.save(str(folder), ckpt="c.pt", config="c.json")
+    assert sorted(os.listdir(folder)) == ["c.json", "c.pt"]
+    state = torch.load(folder / "c.pt", weights_only=True)
+    assert sorted(state) == sorted(f"{i}.{n}" for i in range(LAYERS) for n in ["bias"] * bias + ["weight"])
+    assert json.loads((folder / "c.json").read_text()) == lens.config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = TunedLens.from_model_and_pretrained(model, folder, ckpt_file="c.pt", config_file="c.json")
+    assert loaded.config == lens.config
+    for idx in range(LAYERS):
+        assert torch.equal(loaded(h, idx), lens(h, idx))
+
+
+def test_the_lens_is_looked_for_under_the_models_name(tmp_path, model):
+    lens = trained(model)
+    lens.save(tmp_path)
+    with mock.patch.object(model.config, "_name_or_path", str(tmp_path)):
+        assert torch.equal(TunedLens.from_model_and_pretrained(model)[1].weight, lens[1].weight)
+
+
+def test_stand_ins_save_and_load(tmp_path):
+    unembed = StandIn()
+    lens = TunedLens(unembed, config())
+    nn.init.normal_(lens[1].weight)
+    lens.save(tmp_path)
+    loaded = TunedLens.from_unembed_and_pretrained(unembed=unembed, lens_resource_id=tmp_path)
+    assert torch.equal(loaded[1].weight, lens[1].weight)
+
+
+def test_whole_state_dicts_load(tmp_path, model):
+    lens = trained(model)
+    lens.save(tmp_path)
+    state = {f"layer_translators.{k}": v for k, v in lens.layer_translators.state_dict().items()}
+    assert state.keys() == lens.state_dict().keys()
+    state |= {"unembed.unembedding.weight": torch.zeros(2), "unembed.final_norm.weight": torch.zeros(2)}
+    torch.save(state, tmp_path / "params.pt")
+    h = torch.randn(2, D_MODEL)
+    assert torch.equal(TunedLens.from_model_and_pretrained(model, tmp_path)(h, 2), lens(h, 2))
+    fresh = TunedLens.from_model(model)
+    assert fresh.load_state_dict(state).missing_keys == []
+    assert torch.equal(fresh(h, 2), lens(h, 2))
+
+
+def test_options_are_split_and_unknown_ones_refused(tmp_path, model):
+    trained(model).save(tmp_path)
+    paths = (tmp_path / "config.json", tmp_path / "params.pt")
+    with mock.patch.object(load_artifacts, "load_lens_artifacts", return_value=paths) as find:
+        with mock.patch("torch.load", wraps=torch.load) as load:
+            TunedLens.from_unembed_and_pretrained(Unembed(model), "x", revision="foo", mmap=True)
+        assert find.call_args.kwargs == {"resource_id": "x", "revision": "foo"}
+        assert load.call_args.kwargs == {"map_location": "cpu", "weights_only": True, "mmap": True}
+        with mock.patch("torch.load", wraps=torch.load) as load:
+            TunedLens.from_unembed_and_pretrained(Unembed(model), "x", map_location=None, weights_only=False)
+        assert load.call_args.kwargs == {"map_location": None, "weights_only": False}
+        for unknown in ({"banana": 1}, {"resource_id": "y"}):
+            with pytest.raises(TypeError, match=f"{next(iter(unknown))}: unknown option"):
+                TunedLens.from_unembed_and_pretrained(Unembed(model), "x", **unknown)
+
+
+def test_a_lens_of_another_model(tmp_path, model):
+    trained(model).save(tmp_path)
+    with pytest.warns(UserWarning, match="another unembedding"):
+        other = TunedLens.from_model_and_pretrained(tiny("gpt2", seed=1), tmp_path)
+    assert other.config.unembed_hash == Unembed(model).unembedding_hash()
+    with pytest.raises(ValueError, match="a lens of d_model 32 for a model of d_model 16"):
+        TunedLens.from_model_and_pretrained(tiny("gpt2", n_embd=16), tmp_path)
+    with (
+        pytest.warns(UserWarning, match="another unembedding"),
+        pytest.raises(ValueError, match="a lens of 3 layers for a model of 2"),
+    ):
+        TunedLens.from_model_and_pretrained(tiny("gpt2", n_layer=2), tmp_path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hacked",)
+
+
+def damage(name):
+    """Ways to spoil a checkpoint: path -> None."""
+
+    def edit(change):
+        def run(path):
+            state = torch.load(path)
+            change(state)
+            torch.save(state, path)
+
+        return run
+
+    def cut(n):
+        return lambda path: path.write_bytes(path.read_bytes()[:n])
+
+    return {
+        "missing": lambda path: path.unlink(),
+        "empty": cut(0),
+        "truncated": cut(2000),
+        "cut short": cut(-20),
+        "noise": lambda path: path.write_bytes(b"not a checkpoint"),
+        "pickle": lambda path: path.write_bytes(pickle.dumps(Hostile(), protocol=2)),
+        "code": lambda path: torch.save({"0.weight": Hostile()}, path),
+        "object": lambda path: torch.save({"0.weight": StandIn.__new__(StandIn)}, path),
+        "list": lambda path: torch.save([torch.zeros(2)], path),
+        "numbers": lambda path: torch.save({"0.weight": 1.0}, path),
+        "shape": edit(lambda state: state.update({"1.weight": torch.zeros(D_MODEL, 2)})),
+        "layer": edit(lambda state: state.pop("2.weight")),
+        "extra": edit(lambda state: state.update({"3.weight": torch.zeros(D_MODEL, D_MODEL)})),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("missing", FileNotFoundError, r"lacks params\.pt"),
+        ("empty", ValueError, "truncated"),
+        ("truncated", ValueError, "truncated"),
+        ("cut short", ValueError, "truncated"),
+        ("noise", ValueError, "no PyTorch checkpoint"),
+        ("pickle", ValueError, "could run code"),
+        ("code", ValueError, "could run code"),
+        ("object", ValueError, "could run code"),
+        ("list", ValueError, "no state dict"),
+        ("numbers", ValueError, "no state dict"),
+        ("shape", ValueError, r"1\.weight has shape \[32, 2\], wanted \[32, 32\]"),
+        ("layer", ValueError, r"lacks 2\.weight and has unknown nothing"),
+        ("extra", ValueError, r"lacks nothing and has unknown 3\.weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bad_checkpoints(tmp_path, monkeypatch, model, name, error, message):
+    monkeypatch.chdir(tmp_path)
+    trained(model).save(tmp_path)
+    damage(name)(tmp_path / "params.pt")
+    with pytest.raises(error, match=message):
+        TunedLens.from_model_and_pretrained(model, tmp_path)
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("\x00\xff", "is no JSON"),
+        ("[]", "holds a list"),
+        ('{"d_model": 32}', "base_model_name_or_path, num_hidden_layers missing"),
+        (json.dumps(config(d_model="32").to_dict()), "d_model is '32'"),
+        (json.dumps(config(num_hidden_layers=0).to_dict()), "num_hidden_layers is 0"),
+        (json.dumps(config(lens_type="mlp").to_dict()), "lens_type is 'mlp'"),
+        (json.dumps(config(bias=False).to_dict()), r"bias False\): it lacks nothing and has unknown 0\.bias"),
+    ],
+)
+def test_bad_configs(tmp_path, model, text, message):
+    trained(model).save(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        TunedLens.from_model_and_pretrained(model, tmp_path)
+
+
+def test_an_interrupted_save_changes_nothing(tmp_path, model):
+    lens = trained(model)
+    lens.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    opened = [path.open("rb") for path in sorted(tmp_path.iterdir())]
+    trained(model, seed=5).save(tmp_path)
+    for file in opened:
+        assert file.read() == before[os.path.basename(file.name)], "overwritten in place"
+        file.close()
+    lens.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(_state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with mock.patch("torch.save", interrupted), pytest.raises(KeyboardInterrupt):
+        trained(model, seed=4).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_unwritable_folder(tmp_path, model):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        trained(model).save(tmp_path / "file")
+
+
+# --- generate ---
+
+
+def without_cache(lens, model, layer, tokens, steps):
+    """Greedy, every sequence alone and read again from its start at every step."""
+    rows = []
+    for row in tokens:
+        for _ in range(steps):
+            with torch.no_grad():
+                states = model(row[None], output_hidden_states=True, use_cache=False).hidden_states
+                row = torch.cat([row, lens(states[layer][0, -1], layer).argmax(-1, keepdim=True)])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma2", "lfm2", "gpt_neox"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_against_no_cache(model_type, batch):
+    model = tiny(model_type)
+    model.generation_config.eos_token_id = None
+    lens = trained(model)
+    tokens = torch.randint(3, VOCAB, (batch, 6), generator=torch.Generator().manual_seed(0))
+    for layer in (0, LAYERS - 1):
+        got = lens.generate(model, layer, tokens, do_sample=False, max_new_tokens=12)
+        assert torch.equal(got, without_cache(lens, model, layer, tokens, 12))
+
+
+def test_generate_feeds_one_token_at_a_time(model):
+    lens, fed, unembedded = trained(model), [], []
+    model.generation_config.eos_token_id = None
+    hook = model.transformer.wte.register_forward_hook(lambda _module, args, _output: fed.append(args[0].shape[1]))
+    head_hook = model.lm_head.register_forward_hook(lambda _module, args, _output: unembedded.append(args[0].shape[1]))
+    lens.generate(model, 1, torch.tensor([5, 6, 7]), max_new_tokens=4)
+    hook.remove()
+    head_hook.remove()
+    assert fed == [3, 1, 1, 1]
+    assert unembedded == [1, 1, 1, 1]
+
+
+def test_generate_without_a_cache(model):
+    """A model that returns no cache is read again from the start."""
+    lens = trained(model)
+    model.generation_config.eos_token_id = None
+    tokens = torch.tensor([[5, 6, 7]])
+
+    class Cacheless(nn.Module):
+        config, generation_config = model.config, model.generation_config
+
+        def forward(self, input_ids, past_key_values=None, **options):
+            return model(input_ids, **{**options, "use_cache": False})
+
+    got = lens.generate(Cacheless(), 1, tokens, do_sample=False, max_new_tokens=5)
+    assert torch.equal(got, without_cache(lens, model, 1, tokens, 5))
+
+
+def test_shapes_seeds_and_temperature():
+    model = tiny("gpt2", n_positions=128)
+    lens = trained(model)
+    model.generation_config.eos_token_id = None
+    prompt = torch.tensor([5, 6, 7])
+
+    def sample(**kwargs):
+        torch.manual_seed(7)
+        return lens.generate(model, 2, prompt, **kwargs)
+
+    tokens = sample(max_new_tokens=30)
+    assert tokens.shape == (1, 33)
+    assert torch.equal(tokens[0, :3], prompt)
+    assert prompt.tolist() == [5, 6, 7]
+    assert torch.equal(sample(max_new_tokens=30), tokens)
+    assert not torch.equal(lens.generate(model, 2, prompt, max_new_tokens=30), tokens)
+    greedy = sample(do_sample=False, max_new_tokens=30)
+    assert torch.equal(sample(temp=0, max_new_tokens=30), greedy)
+    assert torch.equal(sample(temp=1e-4, max_new_tokens=30), greedy)
+    assert not torch.equal(tokens, greedy)
+    assert torch.equal(sample(max_new_tokens=0), prompt[None])
+    assert lens.generate(model, 0, prompt).shape == (1, 103)
+    assert lens.generate(model, 0, prompt.to(torch.int32), max_new_tokens=1).dtype == torch.int32
+    assert LogitLens.from_model(model).generate(model, 0, prompt, max_new_tokens=2).shape == (1, 5)
+
+
+def test_samples_follow_the_distribution(model):
+    lens, prompt = trained(model), torch.tensor([[5, 6, 7]])
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        h = model(prompt, output_hidden_states=True).hidden_states[1][0, -1]
+        wanted = (lens(h, 1).double() / 2.0).softmax(-1)
+    torch.manual_seed(0)
+    n = 20_000
+    drawn = lens.generate(model, 1, prompt.expand(n, 3), temp=2.0, max_new_tokens=1)[:, -1]
+    seen = torch.bincount(drawn, minlength=VOCAB) / n
+    assert ((seen - wanted).abs() < 5 * (wanted / n).sqrt() + 1e-4).all()
+
+
+def test_eos(model):
+    lens = LogitLens.from_model(model)
+    prompts = torch.tensor([[5, 6, 7], [50, 60, 70], [8, 9, 10]])
+    model.generation_config.eos_token_id = None
+    free = lens.generate(model, 0, prompts, do_sample=False, max_new_tokens=12)[:, 3:]
+    first, second = free[0, 1].item(), free[1, 0].item()
+    assert first not in free[1, :6]
+    assert len(free[0, 1:].unique()) > 2
+    for eos in (first, [first], [first, second]):
+        model.generation_config.eos_token_id = eos
+        ends = {eos} if isinstance(eos, int) else set(eos)
+        wanted = []
+        for row in free.tolist():
+            end = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+            wanted.append(row[: end + 1] + [row[end]] * (len(row) - end - 1))
+        got = lens.generate(model, 0, prompts, do_sample=False, max_new_tokens=12)[:, 3:].tolist()
+        longest = len(got[0])
+        assert got == [row[:longest] for row in wanted]
+        assert all(row[longest:] == [row[-1]] * (12 - longest) for row in wanted)
+    model.generation_config.eos_token_id = first
+    alone = lens.generate(model, 0, prompts[0], do_sample=False, max_new_tokens=12)
+    assert alone.shape[1] == 3 + free[0].tolist().index(first) + 1
+
+
+def test_generate_errors(model):
+    lens, prompt = trained(model), torch.tensor([5, 6, 7])
+    for layer in (-1, LAYERS):
+        with pytest.raises(IndexError, match=f"layer: got layer {layer}"):
+            lens.generate(model, layer, prompt)
+    for bad in (prompt[None, None], prompt[:0], torch.tensor(5)):
+        with pytest.raises(ValueError, match="input_ids: got shape"):
+            lens.generate(model, 0, bad)
+    for bad in (prompt.float(), prompt.bool()):
+        with pytest.raises(TypeError, match="input_ids: got torch"):
+            lens.generate(model, 0, bad)
+    for bad in (-0.5, float("nan")):
+        with pytest.raises(ValueError, match="temp"):
+            lens.generate(model, 0, prompt, temp=bad)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        lens.generate(model, 0, prompt, max_new_tokens=-1)
