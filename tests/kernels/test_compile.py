@@ -1,0 +1,220 @@
+"""Every kernel compiled for GPUs this machine does not have, held to limits, and the static model's forecast.
+
+With TRITON_36_PATH naming a folder that holds Triton 3.6.0, the same limits are held there too.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from compiling import SHARED_LIMIT, compile_launches, meta
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+import static
+
+ROWS, VOCAB = 8192, 128_257  # a vocabulary with both kinds of tail
+EVEN_VOCAB = 131_072
+TRITONS = {"installed": None}
+if os.environ.get("TRITON_36_PATH"):
+    TRITONS["3.6"] = os.environ["TRITON_36_PATH"]
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+#: Loads and stores of spilled registers: none but in the walk over two tiles, once a tile and not in its product.
+SPILLS = {"_walk": 64}
+PRODUCTS = {"_translate", "_statistics", "_target_logits", "_walk"}
+
+
+def head(d_model, dtype, vocab=VOCAB):
+    return meta(ROWS, d_model, dtype=dtype), meta(vocab, d_model, dtype=dtype)
+
+
+def tile_for(x, precision="ieee"):
+    from tuned_lens_fast.kernels.launch import merged_tiles, statistics_tile
+
+    tile = statistics_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
+    return replace(tile, merged=merged_tiles(VOCAB, tile, 10))
+
+
+def translate(d_model, dtype, precision="ieee"):
+    from tuned_lens_fast.kernels.translate import translate
+
+    h, weight, bias = meta(ROWS, d_model, dtype=dtype), meta(d_model, d_model, dtype=dtype), meta(d_model)
+    translate(h, weight, bias, precision=precision)
+
+
+def normalize(d_model, kind):
+    from tuned_lens_fast.engines.seam import Norm
+    from tuned_lens_fast.kernels.norm import normalize
+
+    norm = Norm(kind, meta(d_model), meta(d_model), eps=1e-5, unit_offset=True)
+    normalize(meta(ROWS, d_model, dtype="float32"), norm, meta(ROWS, d_model))
+
+
+def statistics(d_model, dtype, everything=True, softcap=None, bias=False, precision="ieee", vocab=EVEN_VOCAB):
+    from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+
+    x, weight = head(d_model, dtype, vocab)
+    own = {"targets": meta(ROWS, dtype="int64"), "target_logits": meta(ROWS, dtype="float32")}
+    vocabulary_statistics(
+        x, weight, meta(vocab, dtype=dtype) if bias else None, 1.0, softcap, tile_for(x, precision),
+        **(own if everything else {}), entropy=everything, rank=everything, max_prob=everything,
+        keys=everything, precision=precision,
+    )  # fmt: skip
+
+
+def gather(d_model, dtype):
+    from tuned_lens_fast.kernels.gather import target_logits
+
+    x, weight = head(d_model, dtype)
+    target_logits(x, weight, None, 1.0, None, meta(ROWS, dtype="int64"), tile_for(x))
+
+
+def top(k):
+    from tuned_lens_fast.kernels.statistics import key_slots
+    from tuned_lens_fast.kernels.top_k import top_k
+
+    x, weight = head(4096, "bfloat16")
+    tile = tile_for(x)
+    keys = meta(ROWS, 2, key_slots(VOCAB, tile), dtype="float32")
+    top_k(x, weight, None, 1.0, None, keys, meta(2, ROWS, dtype="float32"), k, tile)
+
+
+def identity():
+    from tuned_lens_fast.kernels.divergence import Expectation, kl_by_identity
+
+    expectation = Expectation(256, 4096, torch.device("meta"))
+    expectation.add(meta(256, 8192, dtype="float32"), meta(8192, 4096), lambda a, b: (a @ b).float())
+    u, of_reference = expectation.normalised()
+    kl_by_identity(meta(ROWS, 4096), meta(256, 4096), u, meta(2, ROWS, dtype="float32"), of_reference)
+
+
+def walk(dtype):
+    from tuned_lens_fast.kernels.divergence import walked_divergences
+
+    x, weight = head(4096, dtype)
+    walked_divergences(
+        x, meta(256, 4096, dtype=dtype), weight, None, 1.0, 30.0,
+        meta(2, ROWS, dtype="float32"), meta(2, 256, dtype="float32"),
+        frozenset({"kl", "reverse_kl", "js", "tv"}), tile_for(x),
+    )  # fmt: skip
+
+
+@triton.jit
+def _serialised(x, w, out, steps, BM: tl.constexpr, BK: tl.constexpr, SPOILED: tl.constexpr):
+    row, k = tl.arange(0, BM), tl.arange(0, BK)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, BM), tl.float32)
+    for step in range(steps):
+        at = row[:, None] * 4096 + (step % 64 * BK + k)[None, :]
+        acc = tl.dot(tl.load(x + at), tl.load(w + at).T, acc)
+        if step % 64 == 63:
+            z = acc
+            if SPOILED and step > steps - 5:
+                z = tl.where((row < steps)[None, :], acc, -1e30)
+            total += tl.sum(tl.exp2(z), 1)
+            acc = tl.zeros((BM, BM), tl.float32)
+    tl.store(out + row, total)
+
+
+def mask_under_a_branch(spoiled):
+    x, w, out = meta(128, 4096), meta(128, 4096), meta(128, dtype="float32")
+    _serialised[(1,)](x, w, out, 640, BM=128, BK=64, SPOILED=spoiled)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch, the registers its kernels may take on each architecture, and whether matrix units serve."""
+
+    launch: Callable[[], None]
+    registers: dict[int, int]
+    matrix: bool = True
+
+
+ANY = {80: 255, 90: 255, 100: 255}
+CASES = {
+    "translate bf16": Case(lambda: translate(4096, "bfloat16"), {80: 192, 90: 168, 100: 168}),
+    "translate fp16, d 576": Case(lambda: translate(576, "float16"), {80: 192, 90: 168, 100: 168}),
+    "translate bf16, d 577": Case(lambda: translate(577, "bfloat16"), {80: 176, 90: 176, 100: 176}),
+    "translate fp32": Case(lambda: translate(4096, "float32"), {80: 232, 90: 224, 100: 216}, matrix=False),
+    "translate fp32, d 577": Case(lambda: translate(577, "float32"), {80: 232, 90: 216, 100: 216}, matrix=False),
+    "translate tf32": Case(lambda: translate(4096, "float32", "tf32"), {80: 200, 90: 168, 100: 208}),
+    "normalize d 64": Case(lambda: normalize(64, "layer"), {80: 48, 90: 48, 100: 48}),
+    "normalize d 577": Case(lambda: normalize(577, "rms"), {80: 48, 90: 48, 100: 48}),
+    "normalize d 16384": Case(lambda: normalize(16_384, "layer"), {80: 48, 90: 48, 100: 48}),
+    "statistics bf16": Case(lambda: statistics(4096, "bfloat16", vocab=VOCAB), ANY),
+    "statistics bf16, d 2048": Case(lambda: statistics(2048, "bfloat16"), {90: 255}),
+    "statistics bf16, d 576": Case(lambda: statistics(576, "bfloat16"), ANY),
+    "statistics bf16, d 577": Case(lambda: statistics(577, "bfloat16"), ANY),
+    "statistics bf16, lse": Case(lambda: statistics(4096, "bfloat16", everything=False), ANY),
+    "statistics fp16, softcap, bias": Case(lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY),
+    "statistics fp32": Case(lambda: statistics(768, "float32"), ANY, matrix=False),
+    "statistics tf32": Case(lambda: statistics(768, "float32", precision="tf32"), ANY),
+    "gather bf16": Case(lambda: gather(4096, "bfloat16"), ANY),
+    "gather fp32": Case(lambda: gather(768, "float32"), ANY, matrix=False),
+    "top 10": Case(lambda: top(10), ANY),
+    "top 64": Case(lambda: top(64), ANY),
+    "identity": Case(identity, ANY),
+    "walk bf16": Case(lambda: walk("bfloat16"), ANY),
+    "walk fp32": Case(lambda: walk("float32"), ANY, matrix=False),
+}
+CONTROLS = {f"control {spoiled}": functools.partial(mask_under_a_branch, spoiled) for spoiled in (False, True)}
+LAUNCHES = {name: case.launch for name, case in CASES.items()} | CONTROLS
+
+
+@functools.cache
+def reports(version):
+    jobs = [(name, architecture) for name, case in CASES.items() for architecture in case.registers]
+    jobs += [(name, 90) for name in CONTROLS]
+    return compile_launches(__file__, jobs, TRITONS[version])
+
+
+def compiled(name, architecture, version):
+    answer = reports(version)[name, architecture]
+    if isinstance(answer, str):
+        pytest.fail(f"does not compile:\n{answer}")
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize(("name", "architecture"), [(n, a) for n, case in CASES.items() for a in case.registers])
+def test_limits(name, architecture, version):
+    case = CASES[name]
+    for report in compiled(name, architecture, version):
+        assert report.registers <= case.registers[architecture]
+        assert report.shared <= SHARED_LIMIT[architecture]
+        if not report.constants.get("MASK"):  # the tail is one tile of thousands, and its masks may spill
+            assert report.spills <= SPILLS.get(report.kernel, 0), f"{report.kernel} spills"
+        if report.kernel in PRODUCTS and case.matrix:
+            assert report.matrix.get(MATRIX[architecture], 0) > 0
+        assert not report.serialised
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", TRITONS)
+def test_serialised_products_are_seen(version):
+    (plain,), (spoiled,) = (compiled(name, 90, version) for name in CONTROLS)
+    assert plain.matrix["HGMMA"] > 0
+    assert not plain.serialised
+    assert spoiled.serialised
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize(("name", "d_model", "most"), [
+    ("statistics bf16", 4096, 1.10),
+    ("statistics bf16, d 2048", 2048, 1.15),
+])  # fmt: skip
+def test_predicted_cost_of_all_statistics(name, d_model, most, version):
+    """lse, entropy, log_prob, rank and the top k's candidates over the product, with nothing overlapped."""
+    main = compiled(name, 90, version)[0]
+    tile = (main.constants[dimension] for dimension in ("BM", "BN", "BK"))
+    prediction = static.predict(main, *tile, d_model, 90)
+    assert 8 < prediction.instructions_per_logit < 16
+    assert 1 <= prediction.overlapped <= prediction.serial <= most

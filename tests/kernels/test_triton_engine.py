@@ -1,0 +1,208 @@
+"""The fused engine whole: chunks, memory, top k of every kind, and its place in PyTorch."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import reference
+import torch
+from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_void, problem
+
+from tuned_lens_fast.engines import choose
+from tuned_lens_fast.engines.eager import EagerEngine
+from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.triton import Plan, TritonEngine, plan
+from tuned_lens_fast.kernels.launch import statistics_tile
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ENGINE = TritonEngine()
+BUDGET = 2**28
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d_model", "vocab", "stats", "options"),
+    [
+        pytest.param(BF16, 64, 300, ONE_PASS | {"kl"}, {"top_k": 3, "watch": 5}, id="usual"),
+        pytest.param(FP16, 40, 203, ONE_PASS | DIVERGENCES, {"bias": True}, id="all divergences"),
+        pytest.param(FP32, 33, 137, ONE_PASS | {"kl", "tv"}, {"scale": 0.3, "top_k": 2}, id="fp32"),
+        pytest.param(BF16, 40, 137, ONE_PASS | DIVERGENCES, {"bias": True, "softcap": 30.0, "top_k": 2}, id="softcap"),
+        pytest.param(BF16, 64, 90, frozenset({"entropy"}), {}, id="one statistic"),
+        pytest.param(FP16, 64, 90, frozenset({"rank"}), {}, id="rank alone"),
+        pytest.param(BF16, 64, 20, frozenset(), {"watch": 1}, id="nothing but lse"),
+    ],
+)
+def test_against_float64_and_eager(dtype, d_model, vocab, stats, options, device):
+    asked = problem(dtype, d_model, vocab, device, positions=4, stats=stats, **options)
+    got = asked.decode(ENGINE)
+    asked.check(got)
+    assert_close(got, asked.decode(EagerEngine()))
+    assert_same_bits(got, asked.decode(ENGINE))
+    harmed = [h.clone() for h in asked.hidden]
+    harmed[1][3, 5] = math.nan
+    harmed = dataclasses.replace(asked, hidden=harmed).decode(ENGINE)
+    assert_void(harmed, 1, 3)
+    assert_same_bits(harmed, got, [0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["identity", "layer", "rms", "module"])
+@pytest.mark.parametrize("translated", [False, True])
+def test_from_hidden_states(kind, translated, device):
+    """fp32: translator, norm and head against float64; every second layer has no translator."""
+    generator = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device)
+
+    d_model, vocab, positions = 48, 90, 5
+    hidden = [normal(positions, d_model) * 5 + 1 for _ in range(3)]
+    translators = [Translator(normal(d_model, d_model) / 9, normal(d_model)), None, None]
+    weight, bias = normal(d_model), normal(d_model)
+    module = torch.nn.LayerNorm(d_model).to(device)
+    norm = {
+        "identity": Norm("identity", factor=0.3),
+        "layer": Norm("layer", weight, bias, eps=1e-5),
+        "rms": Norm("rms", weight, eps=1e-6, unit_offset=True),
+        "module": Norm("module", module=module, eps=1e-5),
+    }[kind]
+    translators = translators if translated else [None] * 3
+    head = Head(normal(vocab, d_model) / 7)
+    query = Query(ONE_PASS, targets=torch.randint(vocab, (positions,), generator=generator).to(device), top_k=1)
+    got = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    defined = Norm("layer", eps=1e-5) if kind == "module" else norm
+    z = reference.logits(reference.head_inputs(hidden, translators, defined), head)
+    reference.check(got, z, targets=query.targets, top_k=1)
+
+
+@pytest.mark.parametrize("lens_dtype", [FP32, BF16])
+def test_a_lens_of_another_dtype_than_the_model(lens_dtype, device):
+    asked = problem(BF16, 48, 90, device, positions=4)
+    translators = [Translator(torch.eye(48, device=device, dtype=lens_dtype) / 4)] * 2
+    norm = Norm("rms", eps=1e-6)
+    answers = [
+        engine.decode(asked.hidden, translators, norm, asked.head, asked.query, BUDGET)
+        for engine in (ENGINE, EagerEngine())
+    ]
+    # x is rounded to bf16 once by both, not always to the same side.
+    for name in ("lse", "entropy"):
+        torch.testing.assert_close(answers[0][name], answers[1][name], atol=1e-2, rtol=1e-2)
+
+
+def test_hidden_states_may_be_views(device):
+    asked = problem(BF16, 40, 90, device, positions=4)
+    wide = torch.full((4, 3, 117), math.nan, dtype=BF16, device=device)
+    views = []
+    for layer, h in enumerate(asked.hidden):
+        wide[:, layer, 5:45] = h
+        views.append(wide[:, layer, 5:45])
+    assert_same_bits(dataclasses.replace(asked, hidden=views).decode(ENGINE), asked.decode(ENGINE))
+
+
+def test_rows_without_order_are_decoded_again(device):
+    """Rows of zeros have more candidates than fit; the others of their layer stay as they are."""
+    asked = problem(BF16, 32, 331, device, positions=5, stats=frozenset({"max_prob"}), top_k=3)
+    before = asked.decode(ENGINE)
+    asked.hidden[1][2] = 0.0
+    got = asked.decode(ENGINE)
+    asked.check(got)
+    assert got["top_ids"][1, 2].tolist() == [0, 1, 2]
+    assert_same_bits(got, before, [0, 1, 3, 4])
+
+
+@pytest.mark.parametrize("top_k", [11, 129, 331])
+def test_a_large_k_is_answered_by_the_eager_engine(top_k, device):
+    asked = problem(BF16, 32, 331, device, positions=2, stats=frozenset({"max_prob"}), top_k=top_k)
+    asked.check(asked.decode(ENGINE))
+
+
+def test_chunks_mean_the_same(device):
+    """From everything at once down to the smallest budget, which its refusal names."""
+    asked = problem(BF16, 40, 331, device, positions=2, stats=ONE_PASS | {"kl"}, top_k=2, watch=3)
+    whole = asked.decode(ENGINE)
+    with pytest.raises(ValueError, match="memory_budget: got 1 bytes; the smallest that works") as refused:
+        asked.decode(ENGINE, 1)
+    smallest = int(re.search(r"here is (\d+)", str(refused.value))[1])
+    with pytest.raises(ValueError, match=str(smallest)):
+        asked.decode(ENGINE, smallest - 1)
+    got = asked.decode(ENGINE, smallest)
+    asked.check(got)
+    assert_close(got, whole)
+
+
+@pytest.mark.parametrize("stats", [ONE_PASS, ONE_PASS | {"kl"}, ONE_PASS | DIVERGENCES], ids=len)
+@pytest.mark.parametrize("top_k", [0, 10])
+def test_plans(stats, top_k, device):
+    """More memory never cuts finer, and a plan covers what it was made for."""
+    head = Head(torch.empty(128_256, 4096, dtype=BF16, device="meta"))
+    tile = statistics_tile((9, 0), BF16, 4096)
+    cuts = []
+    for mebibytes in (32, 64, 256, 1024, 16_384):
+        query = Query(stats, top_k=top_k)
+        cut = plan(32, 8192, 4096, True, False, head, query, tile, mebibytes * 2**20)
+        assert 1 <= cut.positions <= 8192
+        assert 1 <= cut.layers <= 32
+        assert cut.layers == 1 or cut.positions == 8192 or mebibytes > 32
+        cuts.append(cut.positions * cut.layers)
+    assert cuts == sorted(cuts)
+    assert isinstance(cut, Plan)
+
+
+def test_nothing_to_decode(device):
+    asked = problem(BF16, 32, 90, device, top_k=2)
+    for hidden, shape in (([], (0, 0)), ([h[:0] for h in asked.hidden], (2, 0))):
+        nothing = dataclasses.replace(asked, hidden=hidden, query=Query(frozenset({"entropy"}), top_k=2))
+        got = nothing.decode(ENGINE)
+        assert got["entropy"].shape == shape
+        assert got["top_ids"].shape == (*shape, 2)
+
+
+def test_a_head_whose_rows_are_not_contiguous_is_refused(device):
+    asked = problem(BF16, 32, 90, device)
+    transposed = asked.reading(weight=asked.head.weight.T.contiguous().T)
+    with pytest.raises(ValueError, match="its rows are not contiguous"):
+        transposed.decode(ENGINE)
+
+
+def test_where_it_works(monkeypatch):
+    assert "float64" in ENGINE.unavailable(None, torch.float64)
+    if not torch.cuda.is_available():
+        assert ENGINE.unavailable(torch.device("cpu")) is None  # the interpreter's
+        assert choose("auto", torch.device("cpu"), torch.float32).name == "eager"  # which is for tests only
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert "NVIDIA" in ENGINE.unavailable()
+    assert "engine='eager'" in ENGINE.unavailable(torch.device("meta"))
+
+
+def operands(asked, top_k):
+    """The operator's, in its order."""
+    head, query = asked.head, asked.query
+    norm = Norm("rms", torch.ones_like(head.weight[0]), eps=1e-6)
+    translators = [torch.zeros_like(head.weight[: asked.head.weight.shape[1]]), None]
+    return (
+        asked.hidden, translators, [None, None], norm.kind, norm.weight, norm.bias, norm.eps,
+        norm.unit_offset, norm.factor, head.weight, head.bias, head.scale, head.softcap,
+        ",".join(sorted(query.stats)), query.targets, query.reference, query.watch, top_k, 2**26,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("stats", "top_k", "watch"), [(ONE_PASS | {"kl"}, 2, 3), (frozenset(), 0, 0)])
+def test_opcheck(stats, top_k, watch, device):
+    asked = problem(BF16, 32, 90, device, positions=3, stats=stats, watch=watch)
+    if asked.query.targets is not None:  # a row without a target has a NaN, which opcheck takes for a difference
+        asked = asked.asking(targets=asked.query.targets.clamp(min=0))
+    torch.library.opcheck(torch.ops.tuned_lens_fast.triton_decode.default, operands(asked, top_k))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_without_a_graph_break(backend, device):
+    asked = problem(BF16, 32, 90, device, positions=3, stats=ONE_PASS | {"kl"}, top_k=2)
+
+    def statistics(hidden):
+        found = dataclasses.replace(asked, hidden=list(hidden.unbind())).decode(ENGINE)
+        return found["lse"] + 1, found["top_ids"], found["kl"]
+
+    hidden = torch.stack(asked.hidden)
+    for got, wanted in zip(
+        torch.compile(statistics, fullgraph=True, backend=backend)(hidden), statistics(hidden), strict=True
+    ):
+        assert torch.equal(got, wanted)
