@@ -305,7 +305,13 @@ def test_sigint(folder, tmp_path):
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     argv = ["decode", folder, "hi", "--out", str(tmp_path / "x.parquet"), "--html", str(tmp_path / "x.html")]
-    with subprocess.Popen([sys.executable, "-c", script, *argv], stdout=-1, stderr=-1, text=True) as process:
+
+    def heed_interrupts():  # a shell starts background jobs, and so perhaps these tests, with SIGINT ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *argv], stdout=-1, stderr=-1, text=True, preexec_fn=heed_interrupts
+    ) as process:
         assert process.stdout.readline() == "at work\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
