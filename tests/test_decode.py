@@ -64,8 +64,11 @@ def test_values_and_shapes(lens, lead):
 def test_a_sequence_is_a_tensor_and_strides_do_not_matter(lens):
     states = hidden(4, 6)
     whole = lens.decode(states, engine="eager")
-    for other in (list(states), tuple(states), states.transpose(1, 2).contiguous().transpose(1, 2)):
+    for other in (list(states), tuple(states)):
         assert torch.equal(lens.decode(other, engine="eager").entropy, whole.entropy)
+    # Positions that lie otherwise are read in other chunks, and so rounded otherwise.
+    turned = lens.decode(states.transpose(1, 2).contiguous().transpose(1, 2), engine="eager")
+    torch.testing.assert_close(turned.entropy, whole.entropy, atol=2e-5, rtol=0)
 
 
 def test_defaults_are_what_the_inputs_allow(lens):
@@ -92,11 +95,26 @@ def test_layers_choose_translators(lens):
     torch.testing.assert_close(twice.entropy, whole.entropy[[1, 1]])
 
 
-def test_the_logit_lens_reads_any_number_of_layers(lens):
+def test_the_logit_lens_knows_its_models_layers(lens):
     logit_lens = tl.LogitLens(lens.unembed)
-    stats = logit_lens.decode(hidden(5, layers=9))
-    assert stats.layers.tolist() == [*range(9)]
-    assert logit_lens.decode(hidden(5, layers=1), layers=[40]).layers.tolist() == [40]
+    assert logit_lens.decode(hidden(5)).layers.tolist() == [*range(LAYERS)]
+    with pytest.raises(ValueError, match=r"already normed: pass hidden_states\[:-1\]"):
+        logit_lens.decode(hidden(5, layers=LAYERS + 1))
+    assert logit_lens.decode(hidden(5, layers=1), layers=[1]).layers.tolist() == [1]
+    with pytest.raises(IndexError, match="layers: got 40"):
+        logit_lens.decode(hidden(5, layers=1), layers=[40])
+
+
+def test_hidden_states_that_do_not_flatten(lens):
+    """A batch without its last position is no view [positions, d_model]; it is read as it lies."""
+    whole = hidden(2, 6)
+    targets = torch.arange(10).view(2, 5)
+    cut = lens.decode(whole[:, :, :-1], targets=targets, reference=whole[0, :, :-1], top_k=2, watch=[3])
+    plain = lens.decode(
+        whole[:, :, :-1].contiguous(), targets=targets, reference=whole[0, :, :-1].contiguous(), top_k=2, watch=[3]
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(dict(cut.items())[name], value, atol=2e-5, rtol=1e-5)
 
 
 def test_targets_of_none(lens):
@@ -161,6 +179,13 @@ def test_no_graph_is_built(lens):
         ({"layers": [0, 1, -1]}, IndexError, "layers: got -1"),
         ({"layers": [0, 1]}, ValueError, "got 2 for 3 entries"),
         ({"layers": [0, 1, 2.0]}, TypeError, "layers: got 2.0"),
+        ({"layers": 5}, TypeError, "layers: got a int"),
+        ({"hidden_states": None}, TypeError, "hidden_states: got a NoneType"),
+        ({"watch": 5}, TypeError, "watch: got a int"),
+        ({"watch": ["a"]}, TypeError, "watch: got 'a'"),
+        ({"watch": [10**30]}, IndexError, "watch"),
+        ({"stats": 5}, TypeError, "stats: got 5"),
+        ({"stats": (name for name in ["zzz"])}, ValueError, "'zzz'"),
         ({"layers": [0, 1, True]}, TypeError, "layers: got True"),
         ({"targets": torch.zeros(5)}, TypeError, "targets: got torch.float32"),
         ({"targets": torch.zeros(5, dtype=torch.bool)}, TypeError, "targets: got torch.bool"),

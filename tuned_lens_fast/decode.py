@@ -7,6 +7,9 @@ hidden state to statistics: ``nn`` says what a lens is, ``engines`` compute.
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
+import warnings
 from collections.abc import Collection, Iterable, Sequence, Sized
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, STATISTICS, Head, Norm, Query
+from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, STATISTICS, Engine, Head, Norm, Query, Translator
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.stats import LensStats
 
@@ -72,14 +75,10 @@ def decode(
     hidden, lead = _check_hidden(hidden_states, head)
     numbers = _check_layers(lens, layers, len(hidden))
     query = _check_query(head, lead, targets, reference, top_k, watch, stats)
-    found = choose(engine, head.weight.device, head.weight.dtype).decode(
-        hidden,
-        [lens.translator(number) for number in numbers],
-        lens.unembed.norm,
-        head,
-        query,
-        _check_budget(memory_budget),
-    )
+    chosen = choose(engine, head.weight.device, head.weight.dtype)
+    translators = [lens.translator(number) for number in numbers]
+    budget = _check_budget(memory_budget)
+    found = _decode_views(chosen, hidden, translators, lens.unembed.norm, head, query, budget)
     return LensStats(
         **_shaped(found, len(hidden), lead),
         layers=torch.tensor(numbers, dtype=torch.int64),
@@ -124,12 +123,23 @@ def decode_model(
         ValueError, IndexError, TypeError: as :func:`decode`; also a lens of a model with other sizes, no
             tokens, or a model that does not call its blocks and head as transformers' decoders do.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        raise TypeError(f"model: got {_kind(model)}, wanted a causal language model of transformers")
+    if not hasattr(lens, "translator"):
+        raise TypeError(f"lens: got {_kind(lens)}, wanted a LogitLens or TunedLens")
     _check_input_ids(model, input_ids, attention_mask)
     lead, head = input_ids.shape, lens.unembed.head
     blocks = get_transformer_layers(model)[1]
-    widths = head.weight.shape[1], model.get_output_embeddings().weight.shape[1]
-    if widths[0] != widths[1]:
-        raise ValueError(f"lens: its d_model is {widths[0]}, the model's {widths[1]}; it belongs to another model")
+    own_head = model.get_output_embeddings().weight
+    for name, ours, its in zip(("vocabulary", "d_model"), head.weight.shape, own_head.shape, strict=True):
+        if ours != its:
+            raise ValueError(f"lens: its {name} is {ours}, the model's {its}; it belongs to another model")
+    if own_head.data_ptr() != head.weight.data_ptr() and not torch.equal(own_head.to(head.weight), head.weight):
+        warnings.warn(
+            "lens: its unembedding is not the model's; the last layer, and what is compared with it, are read with "
+            "the lens's",
+            stacklevel=2,
+        )
     if isinstance(lens, Sized) and len(lens) != len(blocks):
         raise ValueError(f"lens: it has {len(lens)} layers, the model {len(blocks)}; it belongs to another model")
     numbers = [*range(len(blocks))] if layers is None else _check_layer_numbers(layers, len(blocks))
@@ -140,21 +150,26 @@ def decode_model(
     budget = _check_budget(memory_budget)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
 
+    # All of the question is checked before the model runs; what it will be compared with is not known yet.
+    unknown = head.weight.new_empty(()).expand(*lead, head.weight.shape[1])
+    query = _check_query(head, lead, targets, unknown, top_k, watch, stats)
     entering, reference = _run(model, [blocks[number] for number in numbers], input_ids, attention_mask)
     reference = reference.reshape(*lead, -1)
-    query = _check_query(head, lead, targets, reference, top_k, watch, stats)
+    if query.reference is not None:
+        query = replace(query, reference=reference.reshape(-1, reference.shape[-1]))
     hidden, _ = _check_hidden([h.reshape(*lead, -1) for h in (*entering, reference)], head)
     *hidden, last = hidden
     del entering
 
     translators = [lens.translator(number) for number in numbers]
-    read = _shaped(chosen.decode(hidden, translators, lens.unembed.norm, head, query, budget), len(numbers), lead)
+    found = _decode_views(chosen, hidden, translators, lens.unembed.norm, head, query, budget)
+    read = _shaped(found, len(numbers), lead)
     itself = replace(query, stats=query.stats - DIVERGENCES, reference=None)
-    own = _shaped(chosen.decode([last], [None], Norm("identity"), head, itself, budget), 1, lead)
+    own = _shaped(_decode_views(chosen, [last], [None], Norm("identity"), head, itself, budget), 1, lead)
     for name in query.divergences:
         own[name] = own["lse"] - own["lse"]  # 0, or NaN where the model's own output is
     return LensStats(
-        **{name: torch.cat([value, own[name]]) for name, value in read.items()},
+        **{name: torch.cat([read.pop(name), own[name]]) for name in list(read)},
         layers=torch.tensor([*numbers, len(blocks)], dtype=torch.int64),
         targets=None if query.targets is None else query.targets.reshape(lead),
     )
@@ -224,13 +239,52 @@ def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.nn.functional.pad(following, (0, 1), value=NO_TARGET)
 
 
+def _decode_views(
+    engine: Engine,
+    entries: Sequence[Tensor],
+    translators: Sequence[Translator | None],
+    norm: Norm,
+    head: Head,
+    query: Query,
+    budget: int,
+) -> dict[str, Tensor]:
+    """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
+
+    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
+    """
+    if all(_flattens(entry) for entry in entries):
+        flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
+        return engine.decode(flat, translators, norm, head, query, budget)
+    parts = []
+    at_once = entries[0][0].numel() // entries[0].shape[-1]
+    for i in range(entries[0].shape[0]):
+        at = slice(i * at_once, (i + 1) * at_once)
+        part = replace(
+            query,
+            targets=None if query.targets is None else query.targets[at],
+            reference=None if query.reference is None else query.reference[at],
+        )
+        parts.append(_decode_views(engine, [entry[i] for entry in entries], translators, norm, head, part, budget))
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+
+def _flattens(entry: Tensor) -> bool:
+    """Whether ``[..., d_model]`` is a view ``[positions, d_model]``."""
+    lead = [(size, stride) for size, stride in zip(entry.shape[:-1], entry.stride()[:-1], strict=True) if size != 1]
+    return not entry.numel() or all(
+        stride == inner_size * inner for (_, stride), (inner_size, inner) in itertools.pairwise(lead)
+    )
+
+
 def _shaped(found: dict[str, Tensor], layers: int, lead: Sequence[int]) -> dict[str, Tensor]:
     """An engine's ``[layers, positions, ...]`` as ``[layers, *lead, ...]``."""
     return {name: value.reshape(layers, *lead, *value.shape[2:]) for name, value in found.items()}
 
 
 def _check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head) -> tuple[list[Tensor], torch.Size]:
-    """One view ``[positions, d_model]`` for each entry, and the shape between layers and d_model."""
+    """The entries ``[..., d_model]``, and the shape between layers and d_model."""
+    if not isinstance(hidden_states, (Tensor, Sequence)):
+        raise TypeError(f"hidden_states: got {_kind(hidden_states)}, wanted a tensor or a sequence of tensors")
     entries = list(hidden_states.unbind(0)) if isinstance(hidden_states, Tensor) else list(hidden_states)
     if isinstance(hidden_states, Tensor):
         if hidden_states.ndim < 2:
@@ -255,12 +309,12 @@ def _check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head) -> tuple
         raise ValueError(f"hidden_states: got {list(shape)} for a layer, wanted [..., d_model] with d_model {d_model}")
     if any(entry.device != head.weight.device for entry in entries):
         raise ValueError(f"hidden_states: they are on {device}, the lens on {head.weight.device}")
-    return [entry.reshape(-1, d_model) for entry in entries], shape[:-1]
+    return entries, shape[:-1]
 
 
 def _check_layers(lens: Lens, layers: Iterable[int] | None, entries: int) -> list[int]:
     """The translator number of every entry of hidden_states."""
-    count = len(lens) if isinstance(lens, Sized) else None
+    count = len(lens) if isinstance(lens, Sized) else getattr(lens.unembed, "num_hidden_layers", None)
     if layers is None:
         if count is not None and entries != count:
             hint = (
@@ -277,10 +331,10 @@ def _check_layers(lens: Lens, layers: Iterable[int] | None, entries: int) -> lis
 
 
 def _check_layer_numbers(layers: Iterable[int], count: int | None) -> list[int]:
-    numbers = list(layers)
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers: got {_kind(layers)}, wanted a sequence of ints")
+    numbers = [_index("layers", number) for number in layers]
     for number in numbers:
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"layers: got {number!r}, wanted ints")
         if number < 0 or (count is not None and number >= count):
             raise IndexError(f"layers: got {number}, wanted 0 to {'any' if count is None else count - 1}")
     return numbers
@@ -311,7 +365,14 @@ def _check_query(
         if reference.device != device:
             raise ValueError(f"reference: it is on {reference.device}, the lens on {device}")
     if watch is not None:
-        watch = watch if isinstance(watch, Tensor) else torch.tensor(list(watch) or [0], device=device)[: len(watch)]
+        if not isinstance(watch, Tensor):
+            if not isinstance(watch, Iterable):
+                raise TypeError(f"watch: got {_kind(watch)}, wanted token ids")
+            ids = [_index("watch", token) for token in watch]
+            for token in ids:
+                if not 0 <= token < vocab:
+                    raise IndexError(f"watch: got {token}, wanted ids from 0 to {vocab - 1}")
+            watch = torch.tensor(ids, dtype=torch.int64, device=device)
         _check_ids("watch", watch, vocab)
         if watch.ndim != 1:
             raise ValueError(f"watch: got shape {list(watch.shape)}, wanted one dimension")
@@ -332,8 +393,11 @@ def _check_stats(stats: Collection[str] | None, has_targets: bool, has_reference
         return frozenset(["entropy", "max_prob"] + ["log_prob", "rank"] * has_targets + ["kl"] * has_reference)
     if isinstance(stats, str):
         raise TypeError(f"stats: got the string {stats!r}, wanted a collection of names, such as [{stats!r}]")
-    wanted = frozenset(stats)
-    unknown = [name for name in stats if name not in STATISTICS]
+    try:
+        wanted = frozenset(stats)
+    except TypeError:
+        raise TypeError(f"stats: got {stats!r}, wanted a collection of names") from None
+    unknown = sorted(map(str, wanted - set(STATISTICS)))
     if unknown:
         raise ValueError(f"stats: got {', '.join(map(repr, unknown))}, wanted names out of {', '.join(STATISTICS)}")
     for names, there, missing in (
@@ -381,6 +445,16 @@ def _check_input_ids(model: Any, input_ids: Any, attention_mask: Any) -> None:
             raise TypeError(f"attention_mask: got {_kind(attention_mask)}, wanted a tensor")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}, wanted {list(input_ids.shape)}")
+
+
+def _index(name: str, value: Any) -> int:
+    """An int, or whatever stands for one: numpy's, a tensor of one element."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, wanted ints") from None
 
 
 def _kind(value: Any) -> str:

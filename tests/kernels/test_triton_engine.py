@@ -138,7 +138,7 @@ def test_plans(stats, top_k, device):
     cuts = []
     for mebibytes in (32, 64, 256, 1024, 16_384):
         query = Query(stats, top_k=top_k)
-        cut = plan(32, 8192, 4096, True, False, head, query, tile, mebibytes * 2**20)
+        cut = plan(32, 8192, 4096, 4, False, head, query, tile, mebibytes * 2**20)
         assert 1 <= cut.positions <= 8192
         assert 1 <= cut.layers <= 32
         assert cut.layers == 1 or cut.positions == 8192 or mebibytes > 32

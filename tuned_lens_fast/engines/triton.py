@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.chunks import empty_answer, even, slices
-from tuned_lens_fast.engines.eager import EagerEngine, Product, two_tile_stats
+from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, Product, scratch_bytes, two_tile_stats
 from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
 from tuned_lens_fast.progress import report
 
@@ -171,21 +171,21 @@ def _answer_shapes(hidden: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 
 
 def plan(
-    layers: int, positions: int, d_model: int, translated: bool, cast: bool, head: Head, query: Query,
+    layers: int, positions: int, d_model: int, residual: int, cast: bool, head: Head, query: Query,
     tile: launch.Tile, memory_budget: int,
 ) -> Plan:  # fmt: skip
     """The largest blocks that fit.
 
     Args:
-        translated: there are translators, so that an fp32 residual is written. cast: in another dtype than the hidden
-            states, so that each is cast when its layer comes.
+        residual: bytes an element of what is held of a row beside x while x is made.
+        cast: translators have another dtype than the hidden states, so that each is cast when its layer comes.
 
     Raises:
         ValueError: nothing fits; the message names the smallest budget that works.
     """
     wide = head.weight.dtype.itemsize
     slots = statistics.key_slots(head.vocab, tile)
-    a_row = d_model * (wide + 4 * translated) + 128
+    a_row = d_model * (wide + residual) + 128
     if query.top_k:
         a_row += 12 * query.top_k
         if top_k.serves(query.top_k, slots):
@@ -219,6 +219,9 @@ def plan(
         logits = block * width * (4 + 4 * (head.bias is not None or head.scale != 1.0) + 2 * wide)
         return max(decode, fixed + block * (a_position + 8 * d_model) + logits + head_is_wide * width * d_model * 4)
 
+    # Rows that top_k.py hands back are decoded by the eager engine, with three quarters of the budget.
+    again = Query(frozenset(), top_k=query.top_k)
+    least = -(-4 * scratch_bytes(1, min(MIN_TILE, head.vocab), d_model, head, again, 4) // 3) if query.top_k else 0
     block = min(positions, REFERENCE_POSITIONS) if query.divergences else positions
     group, width = layers, min(REFERENCE_TILE, head.vocab)
     while needed(block, group, width) > memory_budget and (group > 1 or block > 1 or width > 256):
@@ -230,10 +233,9 @@ def plan(
             block = -(-block // 2)
         else:
             width //= 2
-    if needed(block, group, width) > memory_budget:
-        raise ValueError(
-            f"memory_budget: got {memory_budget} bytes; the smallest that works here is {needed(block, group, width)}"
-        )
+    least = max(least, needed(block, group, width) if block == 1 else 0)
+    if least > memory_budget:
+        raise ValueError(f"memory_budget: got {memory_budget} bytes; the smallest that works here is {least}")
     while group < layers and needed(block, group + 1, width) <= memory_budget:
         group += 1
     block = even(positions, block)
@@ -262,9 +264,11 @@ def _decode(
     if query.top_k:
         tile = replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k))
     served = top_k.serves(query.top_k, statistics.key_slots(head.vocab, tile)) if query.top_k else False
-    translated = norm.kind == "module" or any(translator is not None for translator in translators)
+    # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
+    residual = 4 if any(translator is not None for translator in translators) else hidden[0].dtype.itemsize
+    residual += 12 * (norm.kind == "module")
     cast = any(translator is not None and translator.weight.dtype != hidden[0].dtype for translator in translators)
-    cut = plan(layers, positions, d_model, translated, cast, head, query, tile, memory_budget)
+    cut = plan(layers, positions, d_model, residual, cast, head, query, tile, memory_budget)
     overflow = torch.empty(layers, positions, dtype=torch.bool, device=device) if served else None
 
     for block in slices(positions, cut.positions):

@@ -429,7 +429,9 @@ class TunedLens(Lens):
             else:
                 problem = f"it is truncated, or no PyTorch checkpoint ({lines[0]})"
             raise ValueError(f"checkpoint: cannot read {path}: {problem}") from error
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        ):
             raise ValueError(f"checkpoint: {path} is no state dict, wanted tensors by name")
         # A whole lens's state dict also holds the model's norm and head, which the model has.
         state = {

@@ -65,6 +65,11 @@ class Unembed(nn.Module):
         self._moved: tuple[nn.Module, nn.Linear] | None = None
         self._transform = model_surgery.get_logit_transform(model)
         self._formula = _recognise(norm, linear.in_features)
+        config = getattr(model, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):  # a wrapper of a language model
+            config = config.get_text_config()
+        #: Blocks of the model, where its config tells.
+        self.num_hidden_layers: int | None = getattr(config, "num_hidden_layers", None)
 
     @property
     def final_norm(self) -> nn.Module:
