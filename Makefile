@@ -1,7 +1,7 @@
 # `make demo` and `make test` each do all the set-up they need, in .venv.
 
 PYTHON ?= python3
-# PyTorch whose CPU build the tests are run with. To use a GPU, or the newest: make test TORCH=torch
+# The PyTorch that the tests are run with, on a CPU. With a GPU, or for the newest: make test TORCH=torch
 TORCH ?= torch==2.13.0
 
 VENV := .venv

@@ -1,5 +1,6 @@
 """decode_model: the model's own output is the last layer, whatever the model's type, batch or padding."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -185,6 +186,28 @@ def test_refuses_a_lens_of_another_model(llama):
     wide = tiny("llama", hidden_size=2 * D_MODEL)
     with pytest.raises(ValueError, match=f"d_model is {2 * D_MODEL}"):
         tl.decode_model(llama, tl.LogitLens.from_model(wide), ids)
+
+
+def test_another_models_head(llama):
+    """Of the same shape it is used, with a warning; of another vocabulary it is an error."""
+    other = copy.deepcopy(llama)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.mul_(2)
+    with pytest.warns(UserWarning, match="its unembedding is not the model's"):
+        tl.decode_model(llama, tl.LogitLens.from_model(other), ids_of(5))
+    other.resize_token_embeddings(VOCAB - 8)
+    with pytest.raises(ValueError, match=f"its vocabulary is {VOCAB - 8}, the model's {VOCAB}"):
+        tl.decode_model(llama, tl.LogitLens.from_model(other), ids_of(5))
+
+
+def test_the_question_is_checked_before_the_model_runs(llama, lens):
+    ran = []
+    handle = llama.register_forward_hook(lambda *_: ran.append(True))
+    for bad in ({"top_k": VOCAB + 1}, {"stats": ["zzz"]}, {"watch": [VOCAB]}, {"targets": torch.zeros(2)}):
+        with pytest.raises((ValueError, IndexError, TypeError)):
+            tl.decode_model(llama, lens, ids_of(5), **bad)
+    handle.remove()
+    assert not ran
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
