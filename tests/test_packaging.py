@@ -1,37 +1,41 @@
 """What is installed: every package of the tree, the mark that it is typed, the command."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "tuned_lens_fast", "kernels", "csrc")
+SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "tuned_lens_fast", "kernels", "csrc")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the tree without a network."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def copy_sources(tree):
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--no-build-isolation",
-    ]
-    done = subprocess.run([*command, "--wheel-dir", out, tree], capture_output=True, text=True)
+
+
+def build(tree, out, **environment):
+    """A wheel built from a copy of the sources, without a network."""
+    copy_sources(tree)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    return subprocess.run(
+        [*command, "--wheel-dir", out, tree], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    done = build(tree, out)
     assert done.returncode == 0, done.stderr
     (path,) = out.iterdir()
     with zipfile.ZipFile(path) as archive:
@@ -57,3 +61,61 @@ def test_nothing_else_is(wheel):
 def test_the_command(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "tuned-lens-fast = tuned_lens_fast.cli:main" in wheel.read(name).decode()
+
+
+def engines_of(wheel, folder):
+    """What ``engines()`` says where only the wheel's content is installed."""
+    wheel.extractall(folder)
+    # Without the finder of an editable install, which would lend its own native library.
+    script = (
+        "import json, sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "import tuned_lens_fast as tl; print(tl.__file__); print(json.dumps(tl.engines()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        check=True,
+    )
+    file, found = done.stdout.splitlines()
+    assert Path(file).is_relative_to(folder)
+    return json.loads(found)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+def test_a_wheel_holds_the_native_engine(wheel, tmp_path):
+    assert "-abi3-" in Path(wheel.filename).name
+    assert engines_of(wheel, tmp_path)["native"] == "ok"
+
+
+def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "wheel"
+    tree.mkdir()
+    done = build(tree, out, CXX="/nonexistent", TUNED_LENS_FAST_NATIVE="")
+    assert done.returncode == 0, done.stderr
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        said = engines_of(archive, tmp_path / "site")
+    assert said["eager"] == "ok"
+    assert "TUNED_LENS_FAST_NATIVE=1" in said["native"]
+
+
+def test_a_build_can_be_forced(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "wheel"
+    tree.mkdir()
+    assert build(tree, out, CXX="/nonexistent", TUNED_LENS_FAST_NATIVE="1").returncode != 0
+    assert not [*out.glob("*.whl")]
+
+
+def test_the_sources_are_in_a_source_distribution(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    copy_sources(tree)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=tree, env=os.environ | {"TUNED_LENS_FAST_NATIVE": "0"}, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} <= names

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 
 from tuned_lens_fast.engines.eager import EagerEngine
+from tuned_lens_fast.engines.native import NativeEngine
 from tuned_lens_fast.engines.seam import Engine
 from tuned_lens_fast.engines.triton import TritonEngine
 
 #: In order of preference: `auto` takes the first that works on the device.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TritonEngine(), EagerEngine())}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TritonEngine(), NativeEngine(), EagerEngine())}
 
 
 def engines() -> dict[str, str]:

@@ -30,7 +30,7 @@ def empty_answer(layers: int, positions: int, query: Query, device: torch.device
     }
     if query.top_k:
         out["top_ids"] = torch.empty((*shape, query.top_k), dtype=torch.int64, device=device)
-        out["top_log_probs"] = torch.empty((*shape, query.top_k), device=device)
+        out["top_log_probs"] = torch.empty((*shape, query.top_k), dtype=torch.float32, device=device)
     if query.watch is not None:
-        out["watch_log_probs"] = torch.empty((*shape, len(query.watch)), device=device)
+        out["watch_log_probs"] = torch.empty((*shape, len(query.watch)), dtype=torch.float32, device=device)
     return out

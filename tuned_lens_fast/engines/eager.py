@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.chunks import empty_answer, even, slices
-from tuned_lens_fast.engines.seam import NO_TARGET, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.seam import NO_TARGET, BudgetError, Cut, Head, Norm, Query, Translator
 from tuned_lens_fast.engines.state import GROUP, State, split_keys
 from tuned_lens_fast.progress import report
 
@@ -27,15 +27,6 @@ CPU_CHUNK = (512, 2048)
 GPU_CHUNK = (2048, 4096)
 #: Stands for the logarithm of 0, so that its product with a probability of 0 is 0 and not NaN.
 LOG_FLOOR = -1e30
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut, so that scratch stays within the budget."""
-
-    layers: int  #: layers of a chunk of rows
-    positions: int  #: positions of a chunk of rows
-    tile: int  #: tokens of a vocabulary tile
 
 
 @dataclass(frozen=True)
@@ -70,11 +61,11 @@ def scratch_bytes(rows: int, tile: int, d_model: int, head: Head, query: Query, 
     )
 
 
-def plan(layers: int, positions: int, d_model: int, head: Head, query: Query, wide: int, memory_budget: int) -> Plan:
+def plan(layers: int, positions: int, d_model: int, head: Head, query: Query, wide: int, memory_budget: int) -> Cut:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
 
     Raises:
-        ValueError: nothing fits; the message names the smallest budget that works.
+        BudgetError: nothing fits; it names the smallest budget that works.
     """
     best_rows, best_tile = CPU_CHUNK if head.weight.device.type == "cpu" else GPU_CHUNK
     smallest = min(MIN_TILE, head.vocab)
@@ -90,13 +81,12 @@ def plan(layers: int, positions: int, d_model: int, head: Head, query: Query, wi
         else:
             rows = (rows + 1) // 2
     if needed(rows, tile) > memory_budget:
-        raise ValueError(
-            f"memory_budget: got {memory_budget} bytes; the smallest that works here is {needed(rows, tile)}"
-        )
+        raise BudgetError(memory_budget, needed(rows, tile))
+    scratch = needed(rows, tile)
     tile = even(head.vocab, tile)
     # Every target of a chunk must fit into one tile of gathered rows of W, unless one tile is the vocabulary.
     at_once = even(positions, min(rows, tile) if tile < head.vocab else rows)
-    return Plan(even(layers, rows // at_once), at_once, tile)
+    return Cut(even(layers, rows // at_once), at_once, tile, scratch)
 
 
 class EagerEngine:
@@ -106,6 +96,20 @@ class EagerEngine:
 
     def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
         return None
+
+    def plan(
+        self,
+        layers: int,
+        positions: int,
+        hidden: torch.dtype,
+        translators: Sequence[Translator | None],
+        norm: Norm,
+        head: Head,
+        query: Query,
+        memory_budget: int,
+    ) -> Cut:
+        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
+        return plan(layers, positions, norm.hidden_width(head), head, query, Product(head, hidden).wide, memory_budget)
 
     @torch.no_grad()
     def decode(
@@ -119,12 +123,11 @@ class EagerEngine:
     ) -> dict[str, Tensor]:
         """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
         layers, positions = len(hidden), hidden[0].shape[0] if hidden else 0
-        device, d_model = head.weight.device, head.weight.shape[1]
-        out = empty_answer(layers, positions, query, device)
+        out = empty_answer(layers, positions, query, head.weight.device)
         if not layers or not positions:
             return out
         product = Product(head, hidden[0].dtype)
-        cut = plan(layers, positions, d_model, head, query, product.wide, memory_budget)
+        cut = self.plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
         for p in slices(positions, cut.positions):
             reference = None
             if query.divergences:
@@ -147,12 +150,7 @@ class EagerEngine:
         head = product.head
         x = product.round(reference.to(product.residual))
         needs_u = needs_u and head.softcap is None
-        state = None
-        for tile in product.tiles(width):
-            weight = head.weight[tile].to(x.dtype).float() if needs_u else None
-            part = State.of_tile(product(x, tile, width), tile.start, weight=weight)
-            state = part if state is None else State.merge(state, part)
-        assert state is not None
+        state = self._walk(x, product, width, weighted=needs_u)
         u = None if state.u is None else state.u / state.s.unsqueeze(1) * head.scale
         return Reference(x, state.m, state.s.log(), u)
 
@@ -173,19 +171,16 @@ class EagerEngine:
             targets = query.targets[p].repeat(x.shape[0] // at_once)
             if "rank" in stats and width < head.vocab:
                 threshold = product.targets(x, query.targets[p], width)
-        state = None
-        for tile in product.tiles(width):
-            part = State.of_tile(
-                product(x, tile, width),
-                tile.start,
-                entropy="entropy" in stats,
-                targets=targets,
-                rank="rank" in stats,
-                threshold=threshold,
-                top_k=query.top_k,
-            )
-            state = part if state is None else State.merge(state, part)
-        assert state is not None
+        state = self._walk(
+            x,
+            product,
+            width,
+            entropy="entropy" in stats,
+            targets=targets,
+            rank="rank" in stats,
+            threshold=threshold,
+            top_k=query.top_k,
+        )
         log_s = state.s.log()
         void = ~(state.s > 0)
         found = {"lse": state.m + log_s}
@@ -216,6 +211,39 @@ class EagerEngine:
             for name, value in found.items()
         }
 
+    def _walk(
+        self,
+        x: Tensor,
+        product: Product,
+        width: int,
+        *,
+        entropy: bool = False,
+        targets: Tensor | None = None,
+        rank: bool = False,
+        threshold: Tensor | None = None,
+        top_k: int = 0,
+        weighted: bool = False,
+    ) -> State:
+        """The state of every row of x ``[rows, d_model]`` after the whole vocabulary, ``width`` tokens at a time.
+
+        What is wanted of it: see :meth:`State.of_tile`; ``weighted``: whether u is.
+        """
+        state = None
+        for tile in product.tiles(width):
+            part = State.of_tile(
+                product(x, tile, width),
+                tile.start,
+                entropy=entropy,
+                targets=targets,
+                rank=rank,
+                threshold=threshold,
+                top_k=top_k,
+                weight=product.weight(tile).float() if weighted else None,
+            )
+            state = part if state is None else State.merge(state, part)
+        assert state is not None
+        return state
+
     def _divergences(
         self,
         x: Tensor,
@@ -238,14 +266,32 @@ class EagerEngine:
             found["kl"] = (m - reference.m) - along + (log_s - reference.log_s)
         wanted = two_tile_stats(query, product.head)
         if wanted:
-            for tile in product.tiles(width):
-                log_p = product(reference.x, tile, width)
-                log_p.sub_(reference.m.unsqueeze(-1)).sub_(reference.log_s.unsqueeze(-1))
-                log_q = product(x, tile, width).unflatten(0, by_position)
-                log_q.sub_(m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1))
-                for name, part in _tile_divergences(log_p, log_q, wanted).items():
-                    found[name] = found[name] + part if name in found else part
+            found |= self._walk_both(x, product, width, wanted, m, log_s, reference)
         return {name: value.clamp(min=0).flatten() for name, value in found.items()}
+
+    def _walk_both(
+        self,
+        x: Tensor,
+        product: Product,
+        width: int,
+        wanted: frozenset[str],
+        m: Tensor,
+        log_s: Tensor,
+        reference: Reference,
+    ) -> dict[str, Tensor]:
+        """Divergences ``[layers, positions]`` from both tiles of logits side by side, before they are clamped.
+
+        m and log_s, of rows x, are ``[layers, positions]``.
+        """
+        found: dict[str, Tensor] = {}
+        for tile in product.tiles(width):
+            log_p = product(reference.x, tile, width)
+            log_p.sub_(reference.m.unsqueeze(-1)).sub_(reference.log_s.unsqueeze(-1))
+            log_q = product(x, tile, width).unflatten(0, m.shape)
+            log_q.sub_(m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1))
+            for name, part in _tile_divergences(log_p, log_q, wanted).items():
+                found[name] = found[name] + part if name in found else part
+        return found
 
 
 class Product:
@@ -264,6 +310,10 @@ class Product:
         """x in the head's precision, held in the dtype of the products."""
         return x.to(self.head.weight.dtype).to(self.operand)
 
+    def weight(self, tokens: slice | Tensor) -> Tensor:
+        """Their rows of W, in the dtype of the products."""
+        return self.head.weight[tokens].to(self.operand)
+
     def tiles(self, width: int) -> Iterator[slice]:
         return slices(self.head.vocab, width)
 
@@ -277,11 +327,8 @@ class Product:
         if isinstance(tokens, slice):
             skip = max(0, tokens.start - max(0, tokens.stop - width))
             tokens = slice(tokens.start - skip, tokens.stop)
-        weight = self.head.weight[tokens]
-        if self.narrow:
-            z = torch.mm(x, weight.t(), out_dtype=torch.float32)
-        else:
-            z = torch.mm(x, weight.to(self.operand).t()).float()
+        weight = self.weight(tokens)
+        z = torch.mm(x, weight.t(), out_dtype=torch.float32) if self.narrow else torch.mm(x, weight.t()).float()
         if self.head.bias is not None:
             z += self.head.bias[tokens].float()
         return self.head.transform(z)[:, skip:]

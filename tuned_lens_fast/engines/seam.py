@@ -50,13 +50,18 @@ class Norm:
     unit_offset: bool = False  #: the stored weight is w - 1, as in Gemma
     module: nn.Module | None = None
     factor: float = 1.0  #: the model multiplies the normed state by this
+    width: int | None = None  #: of a hidden state of several residual streams side by side; None for d_model
+
+    def hidden_width(self, head: Head) -> int:
+        """Numbers in a hidden state."""
+        return self.width or head.weight.shape[1]
 
     def __call__(self, residual: Tensor) -> Tensor:
-        """The plain definition. residual: fp32 (or float64) [..., d_model]; same shape and dtype out."""
+        """The plain definition. residual: fp32 (or float64) [..., width]; [..., d_model] of the same dtype out."""
         x = residual
         if self.kind == "module":
             assert self.module is not None
-            parameter = next(self.module.parameters(), None)
+            parameter = next((p for p in self.module.parameters() if p.is_floating_point()), None)
             x = self.module(x if parameter is None else x.to(parameter.dtype)).to(residual.dtype)
         elif self.kind != "identity":
             if self.kind == "layer":
@@ -105,6 +110,24 @@ class Query:
         return self.stats & DIVERGENCES
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How an engine cuts its work, so that scratch stays within the budget."""
+
+    layers: int  #: layers of a chunk of rows, which go through the vocabulary together
+    positions: int  #: positions of a chunk of rows
+    tile: int  #: tokens of a vocabulary tile whose logits exist in memory at once
+    scratch: int  #: bytes at most, beside inputs and results
+
+
+class BudgetError(ValueError):
+    """A memory budget that cannot work; ``smallest`` is one that can."""
+
+    def __init__(self, memory_budget: int, smallest: int) -> None:
+        super().__init__(f"memory_budget: got {memory_budget} bytes; the smallest that works here is {smallest}")
+        self.smallest = smallest
+
+
 class Engine(Protocol):
     """One way of computing the statistics."""
 
@@ -114,6 +137,26 @@ class Engine(Protocol):
         """None where the engine works (on ``device``, or at all; with a head of ``dtype``, or with some).
 
         Else why not, and what would change that.
+        """
+        ...
+
+    def plan(
+        self,
+        layers: int,
+        positions: int,
+        hidden: torch.dtype,
+        translators: Sequence[Translator | None],
+        norm: Norm,
+        head: Head,
+        query: Query,
+        memory_budget: int,
+    ) -> Cut:
+        """How :meth:`decode` will cut hidden states of dtype ``hidden`` at so many layers and positions, at least 1.
+
+        Of ``query`` only what is asked for counts, not the values of its tensors.
+
+        Raises:
+            BudgetError: the budget cannot work; it names the smallest that can.
         """
         ...
 
@@ -129,7 +172,7 @@ class Engine(Protocol):
         """Statistics of L layers at P positions.
 
         Args:
-            hidden: L tensors ``[positions, d_model]`` of one floating dtype on the head's device; views are fine.
+            hidden: L tensors ``[positions, width]`` of one floating dtype on the head's device; views are fine.
             translators: one for every entry of ``hidden``; None reads the residual stream as it is.
             norm, head, query: see there.
             memory_budget: bytes of scratch beyond the inputs and the answer.
@@ -140,6 +183,6 @@ class Engine(Protocol):
             ``watch_log_probs`` fp32 ``[L, P, n_watch]``.
 
         Raises:
-            ValueError: the budget cannot work; the message names the smallest that can.
+            BudgetError: see :meth:`plan`.
         """
         ...

@@ -119,7 +119,7 @@ class State:
                 r = larger - (met.squeeze(1) & (found > threshold)).to(torch.int64)
         if top_k:
             keys = tile_top_keys(z, first, top_k)
-            top = _largest(keys, top_k)
+            top = largest_keys(keys, top_k)
         m = z.amax(1)
         d = torch.sub(z, _finite(m).unsqueeze(1), out=scratch).clamp_(min=EXP_FLOOR)
         e = torch.exp(d, out=z)
@@ -143,7 +143,7 @@ class State:
         if a.target is not None and b.target is not None:
             target = torch.maximum(a.target, b.target)
         if a.top is not None and b.top is not None:
-            top = _largest(torch.cat([a.top, b.top], 1), a.top.shape[1])
+            top = largest_keys(torch.cat([a.top, b.top], 1), a.top.shape[1])
         if a.u is not None and b.u is not None:
             u = (a.u * scale_a.unsqueeze(1)).addcmul_(b.u, scale_b.unsqueeze(1))
         return State(m, scale_a * a.s + scale_b * b.s, t, r, target, top, u)
@@ -154,7 +154,7 @@ def _finite(m: Tensor) -> Tensor:
     return m.masked_fill(m == float("-inf"), 0.0)
 
 
-def _largest(keys: Tensor, k: int) -> Tensor:
+def largest_keys(keys: Tensor, k: int) -> Tensor:
     """The k largest keys [rows, k] in descending order, filled up with NO_KEY."""
     missing = k - keys.shape[1]
     keys = keys.topk(min(k, keys.shape[1]), dim=1).values

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tuned_lens_fast.engines.chunks import empty_answer, even, slices
 from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, Product, scratch_bytes, two_tile_stats
-from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.seam import BudgetError, Cut, Head, Norm, Query, Translator
 from tuned_lens_fast.progress import report
 
 try:
@@ -41,15 +41,6 @@ REFERENCE_POSITIONS = 2048
 REFERENCE_TILE = 8192
 #: Watched tokens whose logits exist at once.
 WATCH_TILE = 1024
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the work is cut, so that scratch stays within the budget."""
-
-    positions: int  #: positions of a block
-    layers: int  #: layers of a group, whose rows go through the vocabulary together
-    reference_tile: int  #: tokens whose logits exist at once while u is computed
 
 
 @dataclass(frozen=True)
@@ -87,6 +78,26 @@ class TritonEngine:
         if capability < (8, 0):
             return f"the GPU's compute capability is {capability[0]}.{capability[1]}; the kernels need 8.0 or newer"
         return None
+
+    def plan(
+        self,
+        layers: int,
+        positions: int,
+        hidden: torch.dtype,
+        translators: Sequence[Translator | None],
+        norm: Norm,
+        head: Head,
+        query: Query,
+        memory_budget: int,
+    ) -> Cut:
+        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
+        # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
+        residual = 4 if any(translator is not None for translator in translators) else hidden.itemsize
+        residual += 12 * (norm.kind == "module")
+        residual = -(-residual * norm.hidden_width(head) // head.weight.shape[1])
+        cast = any(translator is not None and translator.weight.dtype != hidden for translator in translators)
+        tile = _tile(head, query, _precision())
+        return plan(layers, positions, head.weight.shape[1], residual, cast, head, query, tile, memory_budget)
 
     def decode(
         self,
@@ -173,7 +184,7 @@ def _answer_shapes(hidden: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 def plan(
     layers: int, positions: int, d_model: int, residual: int, cast: bool, head: Head, query: Query,
     tile: launch.Tile, memory_budget: int,
-) -> Plan:  # fmt: skip
+) -> Cut:  # fmt: skip
     """The largest blocks that fit.
 
     Args:
@@ -181,7 +192,7 @@ def plan(
         cast: translators have another dtype than the hidden states, so that each is cast when its layer comes.
 
     Raises:
-        ValueError: nothing fits; the message names the smallest budget that works.
+        BudgetError: nothing fits; it names the smallest budget that works.
     """
     wide = head.weight.dtype.itemsize
     slots = statistics.key_slots(head.vocab, tile)
@@ -235,11 +246,24 @@ def plan(
             width //= 2
     least = max(least, needed(block, group, width) if block == 1 else 0)
     if least > memory_budget:
-        raise ValueError(f"memory_budget: got {memory_budget} bytes; the smallest that works here is {least}")
+        raise BudgetError(memory_budget, least)
     while group < layers and needed(block, group + 1, width) <= memory_budget:
         group += 1
-    block = even(positions, block)
-    return Plan(block, even(layers, group), width)
+    return Cut(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
+
+
+def _precision() -> str:
+    """What fp32 products are made of."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _tile(head: Head, query: Query, precision: str) -> launch.Tile:
+    """The tile that the vocabulary kernel holds on chip."""
+    architecture = launch.architecture(head.weight.device)
+    tile = launch.statistics_tile(architecture, head.weight.dtype, head.weight.shape[1], precision, query.top_k > 0)
+    if head.weight.data_ptr() % 16 or head.weight.stride(0) * head.weight.dtype.itemsize % 16:
+        tile = tile.without_tma()
+    return replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k)) if query.top_k else tile
 
 
 def _decode(
@@ -257,25 +281,17 @@ def _decode(
         return out
     if head.weight.stride(1) != 1:
         raise ValueError("head.weight: its rows are not contiguous; the kernels read [vocab, d_model] row by row")
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tile = launch.statistics_tile(launch.architecture(device), head.weight.dtype, d_model, precision, query.top_k > 0)
-    if head.weight.data_ptr() % 16 or head.weight.stride(0) * head.weight.dtype.itemsize % 16:
-        tile = tile.without_tma()
-    if query.top_k:
-        tile = replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k))
+    precision = _precision()
+    tile = _tile(head, query, precision)
     served = top_k.serves(query.top_k, statistics.key_slots(head.vocab, tile)) if query.top_k else False
-    # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
-    residual = 4 if any(translator is not None for translator in translators) else hidden[0].dtype.itemsize
-    residual += 12 * (norm.kind == "module")
-    cast = any(translator is not None and translator.weight.dtype != hidden[0].dtype for translator in translators)
-    cut = plan(layers, positions, d_model, residual, cast, head, query, tile, memory_budget)
+    cut = TritonEngine().plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
     overflow = torch.empty(layers, positions, dtype=torch.bool, device=device) if served else None
 
     for block in slices(positions, cut.positions):
         reference = None
         if query.divergences:
             assert query.reference is not None
-            reference = _reference(query.reference[block], head, query, tile, precision, cut.reference_tile)
+            reference = _reference(query.reference[block], head, query, tile, precision, cut.tile)
         for group in slices(layers, cut.layers):
             members = range(group.start, group.stop)
             entering = [hidden[i][block] for i in members]

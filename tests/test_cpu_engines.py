@@ -1,4 +1,4 @@
-"""The eager engine against float64, over dtypes, shapes, transforms and awkward logits."""
+"""The engines for CPUs, eager and native, against float64, over dtypes, shapes, transforms and awkward logits."""
 
 import math
 
@@ -8,12 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuned_lens_fast.engines import eager
+from tuned_lens_fast.engines import ENGINES, eager
 from tuned_lens_fast.engines.eager import EagerEngine, plan
 from tuned_lens_fast.engines.seam import NO_TARGET, STATISTICS, Head, Norm, Query, Translator
 
 BUDGET = 256 * 2**20
 ENGINE = EagerEngine()
+
+
+@pytest.fixture(autouse=True, params=["eager", "native"])
+def engine(request, monkeypatch):
+    """Every test here runs with both."""
+    reason = ENGINES[request.param].unavailable(torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setitem(globals(), "ENGINE", ENGINES[request.param])
 
 
 @pytest.fixture
@@ -167,6 +176,19 @@ def test_large_logits_do_not_cancel(offset):
     want = reference.statistics(z, targets=query.targets)
     for name in ("lse", "log_prob", "entropy"):
         torch.testing.assert_close(found[name].double(), want[name], atol=2e-4, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 4])
+def test_kl_of_few_positions_over_a_large_vocabulary(positions):
+    """Vendor libraries take other paths for few rows, some of which sum a long product less exactly."""
+    g = torch.Generator().manual_seed(positions)
+    # Of one sign, as columns of a trained model's often are: u is a long sum of large terms.
+    weight = torch.randn(50000, 64, generator=g) + 20
+    model = torch.randn(positions, 64, generator=g) / 64
+    apart = torch.randn(3, positions, 64, generator=g) / 4
+    hidden = [*(model + apart - apart.mean(-1, keepdim=True))]
+    query = Query(frozenset({"kl"}), reference=model)
+    check(hidden, [None] * 3, Norm("identity"), Head(weight), query)
 
 
 def test_a_target_of_probability_nearly_one():

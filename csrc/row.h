@@ -1,0 +1,70 @@
+// What is known of one row of logits, and what one tile adds to it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace tuned_lens_fast {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
+
+// Ordered as (logit, lower id first), like top_keys in tuned_lens_fast/engines/state.py.
+inline int64_t key_of(float logit, int64_t id) {
+  logit += 0.0f;  // -0.0 and 0.0 tie
+  int32_t bits;
+  std::memcpy(&bits, &logit, sizeof bits);
+  const int32_t ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+  return (static_cast<int64_t>(ordered) << 32) | (0xFFFFFFFFll - id);
+}
+
+inline float logit_of(int64_t key) {
+  const int32_t ordered = static_cast<int32_t>(key >> 32);
+  const int32_t bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF);
+  float logit;
+  std::memcpy(&logit, &bits, sizeof logit);
+  return logit;
+}
+
+// A row's k best keys, in descending order.
+struct TopK {
+  int64_t* keys;
+  int64_t k;
+
+  bool full() const { return keys[k - 1] != kNoKey; }
+  float worst() const { return full() ? logit_of(keys[k - 1]) : -kInfinity; }
+
+  // Tokens come with rising ids, so of equal logits the one that came first stays ahead.
+  void offer(const float* z, int64_t count, int64_t first) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (full() && !(z[i] > logit_of(keys[k - 1]))) continue;
+      const int64_t key = key_of(z[i], first + i);
+      int64_t at = k - 1;
+      for (; at > 0 && keys[at - 1] < key; --at) keys[at] = keys[at - 1];
+      keys[at] = key;
+    }
+  }
+};
+
+struct Row {
+  float* z;
+  int64_t width;
+  int64_t first;    // id of the tile's first token
+  float threshold;  // what `larger` counts against
+  TopK top;         // k = 0: not wanted
+  bool keep;        // leave exp(z - m) in z
+  float m, s, t;    // in: the state so far; out: with this tile
+  int64_t larger;   // out: tokens of this tile above the threshold
+  float rescale;    // out: exp(m before - m now)
+};
+
+struct Pair {
+  const float* z_p;
+  const float* z_q;
+  int64_t width;
+  float m_p, log_s_p, m_q, log_s_q;
+  float kl, reverse_kl, js, tv;  // out: this tile's share
+};
+
+}  // namespace tuned_lens_fast

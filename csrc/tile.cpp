@@ -1,0 +1,178 @@
+// The statistics of one tile of logits, taken in one pass while the tile is in cache.
+//
+// `tile_pass` adds a tile to every row's running state (see tuned_lens_fast/engines/state.py, which defines it):
+//
+//   m = max z   s = sum exp(z - m)   t = sum exp(z - m) (z - m)   r = #{z > threshold}   the target's z   top k keys
+//
+// `tile_divergences` adds a tile's share of the divergences between two distributions whose normalisers are known.
+//
+// Rows are shared out among PyTorch's threads. Only PyTorch's stable ABI is used, so that one build serves all its
+// versions from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+
+#include "row.h"
+
+namespace tuned_lens_fast {
+namespace {
+
+// One copy of the arithmetic for each instruction set; the best that the processor has is chosen once.
+namespace plain {
+#define LANES 4
+#include "passes.inl"
+#undef LANES
+}  // namespace plain
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MANY_PROCESSORS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,bmi2")
+namespace avx2 {
+#define LANES 8
+#include "passes.inl"
+#undef LANES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi2,prefer-vector-width=512")
+namespace avx512 {
+#define LANES 16
+#include "passes.inl"
+#undef LANES
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
+
+struct Processor {
+  const char* name;
+  void (*add_tile)(Row&);
+  void (*compare)(Pair&, bool);
+};
+
+Processor best() {
+#ifdef MANY_PROCESSORS
+  const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
+  const bool wide = !most || std::strcmp(most, "avx512") == 0;
+  if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
+    return {"avx512", avx512::add_tile, avx512::compare};
+  if ((wide || std::strcmp(most, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return {"avx2", avx2::add_tile, avx2::compare};
+#endif
+  return {"plain", plain::add_tile, plain::compare};
+}
+
+const Processor& processor() {
+  static const Processor chosen = best();
+  return chosen;
+}
+
+using torch::stable::Tensor;
+
+// Whether it can be read as one value for each of `count` rows.
+bool by_row(const Tensor& tensor, int64_t count) { return tensor.size(0) == count && tensor.is_contiguous(); }
+bool by_row(const std::optional<Tensor>& tensor, int64_t count) { return !tensor || by_row(*tensor, count); }
+
+bool is_tile(const Tensor& z) { return z.dim() == 2 && (z.size(1) < 2 || z.stride(1) == 1); }
+
+// z [rows, width] fp32, its columns side by side; see the schema below for the rest.
+void tile_pass(
+    Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor m, Tensor s,
+    Tensor t, std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top,
+    std::optional<Tensor> rescale) {
+  const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
+  STD_TORCH_CHECK(is_tile(z), "tile_pass: z has to be [rows, width], each row contiguous");
+  STD_TORCH_CHECK(
+      by_row(m, rows) && by_row(s, rows) && by_row(t, rows) && by_row(targets, rows) && by_row(threshold, rows) &&
+          by_row(r, rows) && by_row(target, rows) && by_row(top, rows) && by_row(rescale, rows),
+      "tile_pass: all but z have to be contiguous, a value for each of its rows");
+  float* const logits = z.mutable_data_ptr<float>();
+  const int64_t* const ids = targets ? targets->const_data_ptr<int64_t>() : nullptr;
+  const float* const thresholds = threshold ? threshold->const_data_ptr<float>() : nullptr;
+  float* const ms = m.mutable_data_ptr<float>();
+  float* const ss = s.mutable_data_ptr<float>();
+  float* const ts = t.mutable_data_ptr<float>();
+  int64_t* const rs = r ? r->mutable_data_ptr<int64_t>() : nullptr;
+  float* const own = target ? target->mutable_data_ptr<float>() : nullptr;
+  int64_t* const keys = top ? top->mutable_data_ptr<int64_t>() : nullptr;
+  const int64_t k = top ? top->size(1) : 0;
+  float* const rescales = rescale ? rescale->mutable_data_ptr<float>() : nullptr;
+
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* const row_z = logits + i * stride;
+      const int64_t column = ids ? ids[i] - first : -1;
+      const bool met = column >= 0 && column < width;
+      const float found = met ? row_z[column] : -kInfinity;
+      const float bound = !rs ? kInfinity : thresholds ? thresholds[i] : found;
+      Row row{row_z, width, first, bound, {keys + i * k, k}, rescales != nullptr, ms[i], ss[i], ts[i], 0, 0};
+      processor().add_tile(row);
+      ms[i] = row.m, ss[i] = row.s, ts[i] = row.t;
+      if (rs) rs[i] += row.larger - (met && found > bound);
+      if (own && met) own[i] = found;
+      if (rescales) rescales[i] = row.rescale;
+    }
+  });
+}
+
+void tile_divergences(
+    Tensor z_p, Tensor z_q, Tensor m_p, Tensor log_s_p, Tensor m_q, Tensor log_s_q, std::optional<Tensor> kl,
+    std::optional<Tensor> reverse_kl, std::optional<Tensor> js, std::optional<Tensor> tv) {
+  const int64_t positions = z_p.size(0), rows = z_q.size(0);
+  const int64_t stride_p = z_p.stride(0), stride_q = z_q.stride(0);
+  STD_TORCH_CHECK(
+      is_tile(z_p) && is_tile(z_q) && z_p.size(1) == z_q.size(1) && positions && rows % positions == 0,
+      "tile_divergences: z_q has to be [layers * positions, width] and z_p [positions, width], each row contiguous");
+  STD_TORCH_CHECK(
+      by_row(m_p, positions) && by_row(log_s_p, positions) && by_row(m_q, rows) && by_row(log_s_q, rows) &&
+          by_row(kl, rows) && by_row(reverse_kl, rows) && by_row(js, rows) && by_row(tv, rows),
+      "tile_divergences: all but the tiles have to be contiguous, a value for each row");
+  const float* const p = z_p.const_data_ptr<float>();
+  const float* const q = z_q.const_data_ptr<float>();
+  const float* const mp = m_p.const_data_ptr<float>();
+  const float* const lp = log_s_p.const_data_ptr<float>();
+  const float* const mq = m_q.const_data_ptr<float>();
+  const float* const lq = log_s_q.const_data_ptr<float>();
+  auto pointer = [](std::optional<Tensor>& out) { return out ? out->mutable_data_ptr<float>() : nullptr; };
+  float* const kls = pointer(kl);
+  float* const reverse_kls = pointer(reverse_kl);
+  float* const jss = pointer(js);
+  float* const tvs = pointer(tv);
+
+  torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i % positions;
+      Pair pair{p + at * stride_p, q + i * stride_q, z_q.size(1), mp[at], lp[at], mq[i], lq[i], 0, 0, 0, 0};
+      processor().compare(pair, jss != nullptr);
+      if (kls) kls[i] += pair.kl;
+      if (reverse_kls) reverse_kls[i] += pair.reverse_kl;
+      if (jss) jss[i] += pair.js;
+      if (tvs) tvs[i] += pair.tv;
+    }
+  });
+}
+
+}  // namespace
+}  // namespace tuned_lens_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
+  library.def(
+      "tile_pass(Tensor(a!) z, int first, Tensor? targets, Tensor? threshold, Tensor(b!) m, Tensor(c!) s, "
+      "Tensor(d!) t, Tensor(e!)? r, Tensor(f!)? target, Tensor(g!)? top, Tensor(h!)? rescale) -> ()");
+  library.def(
+      "tile_divergences(Tensor z_p, Tensor z_q, Tensor m_p, Tensor log_s_p, Tensor m_q, Tensor log_s_q, "
+      "Tensor(a!)? kl, Tensor(b!)? reverse_kl, Tensor(c!)? js, Tensor(d!)? tv) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CPU, library) {
+  library.impl("tile_pass", TORCH_BOX(&tuned_lens_fast::tile_pass));
+  library.impl("tile_divergences", TORCH_BOX(&tuned_lens_fast::tile_divergences));
+}
