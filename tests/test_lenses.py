@@ -8,10 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
+from all_models import build
+from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 from torch import nn
 
-from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts
+from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts, residual_stream
 from tuned_lens_fast.engines.seam import Translator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -304,7 +305,8 @@ def test_whole_state_dicts_load(tmp_path, model):
     state |= {"unembed.unembedding.weight": torch.zeros(2), "unembed.final_norm.weight": torch.zeros(2)}
     torch.save(state, tmp_path / "params.pt")
     h = torch.randn(2, D_MODEL)
-    assert torch.equal(TunedLens.from_model_and_pretrained(model, tmp_path)(h, 2), lens(h, 2))
+    with pytest.warns(UserWarning, match="another unembedding and final_norm"):
+        assert torch.equal(TunedLens.from_model_and_pretrained(model, tmp_path)(h, 2), lens(h, 2))
     fresh = TunedLens.from_model(model)
     assert fresh.load_state_dict(state).missing_keys == []
     assert torch.equal(fresh(h, 2), lens(h, 2))
@@ -320,7 +322,7 @@ def test_options_are_split_and_unknown_ones_refused(tmp_path, model):
         assert load.call_args.kwargs == {"map_location": "cpu", "weights_only": True, "mmap": True}
         with mock.patch("torch.load", wraps=torch.load) as load:
             TunedLens.from_unembed_and_pretrained(Unembed(model), "x", map_location=None, weights_only=False)
-        assert load.call_args.kwargs == {"map_location": None, "weights_only": False}
+        assert load.call_args.kwargs == {"map_location": None, "weights_only": True}
         for unknown in ({"banana": 1}, {"resource_id": "y"}):
             with pytest.raises(TypeError, match=f"{next(iter(unknown))}: unknown option"):
                 TunedLens.from_unembed_and_pretrained(Unembed(model), "x", **unknown)
@@ -383,7 +385,7 @@ def damage(name):
         ("empty", ValueError, "truncated"),
         ("truncated", ValueError, "truncated"),
         ("cut short", ValueError, "truncated"),
-        ("noise", ValueError, "no PyTorch checkpoint"),
+        ("noise", ValueError, "no checkpoint"),
         ("pickle", ValueError, "could run code"),
         ("code", ValueError, "could run code"),
         ("object", ValueError, "could run code"),
@@ -460,20 +462,23 @@ def without_cache(lens, model, layer, tokens, steps):
     for row in tokens:
         for _ in range(steps):
             with torch.no_grad():
-                states = model(row[None], output_hidden_states=True, use_cache=False).hidden_states
-                row = torch.cat([row, lens(states[layer][0, -1], layer).argmax(-1, keepdim=True)])
+                states = residual_stream(model, row)
+                row = torch.cat([row, lens(states[layer][-1], layer).argmax(-1, keepdim=True)])
         rows.append(row)
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gemma2", "lfm2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "model_type",
+    ["gpt2", "llama", "opt", "bloom", "gemma2", "lfm2", "gpt_neox", "mamba", "falcon_mamba", "rwkv", "hy_v4", "cpmant"],
+)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy_against_no_cache(model_type, batch):
-    model = tiny(model_type)
+    model = tiny(model_type) if model_type in TYPES else build(model_type)
     model.generation_config.eos_token_id = None
     lens = trained(model)
     tokens = torch.randint(3, VOCAB, (batch, 6), generator=torch.Generator().manual_seed(0))
-    for layer in (0, LAYERS - 1):
+    for layer in (0, len(lens) - 1):
         got = lens.generate(model, layer, tokens, do_sample=False, max_new_tokens=12)
         assert torch.equal(got, without_cache(lens, model, layer, tokens, 12))
 
@@ -486,8 +491,8 @@ def test_generate_feeds_one_token_at_a_time(model):
     lens.generate(model, 1, torch.tensor([5, 6, 7]), max_new_tokens=4)
     hook.remove()
     head_hook.remove()
-    assert fed == [3, 1, 1, 1]
-    assert unembedded == [1, 1, 1, 1]
+    assert fed == [4, 3, 1, 3, 1, 1, 1]  # a trial of the cache goes before
+    assert set(unembedded) == {1}
 
 
 def test_generate_without_a_cache(model):
@@ -496,14 +501,26 @@ def test_generate_without_a_cache(model):
     model.generation_config.eos_token_id = None
     tokens = torch.tensor([[5, 6, 7]])
 
-    class Cacheless(nn.Module):
-        config, generation_config = model.config, model.generation_config
-
+    class Cacheless(type(model)):
         def forward(self, input_ids, past_key_values=None, **options):
-            return model(input_ids, **{**options, "use_cache": False})
+            return super().forward(input_ids, **{**options, "use_cache": False})
 
-    got = lens.generate(Cacheless(), 1, tokens, do_sample=False, max_new_tokens=5)
+    cacheless = Cacheless(model.config)
+    cacheless.load_state_dict(model.state_dict())
+    cacheless.generation_config.eos_token_id = None
+    got = lens.generate(cacheless, 1, tokens, do_sample=False, max_new_tokens=5)
     assert torch.equal(got, without_cache(lens, model, 1, tokens, 5))
+
+
+def test_generate_runs_the_model_without_dropout():
+    """And through what it is wrapped in."""
+    model = tiny("gpt2", resid_pdrop=0.5).train()
+    model.generation_config.eos_token_id = None
+    lens, tokens = trained(model), torch.tensor([[5, 6, 7]])
+    wanted = without_cache(lens, model, 2, tokens, 4)
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model)):
+        assert torch.equal(lens.generate(wrapped, 2, tokens, do_sample=False, max_new_tokens=4), wanted)
+    assert all(module.training for module in model.modules())
 
 
 def test_shapes_seeds_and_temperature():
@@ -583,5 +600,7 @@ def test_generate_errors(model):
     for bad in (-0.5, float("nan")):
         with pytest.raises(ValueError, match="temp"):
             lens.generate(model, 0, prompt, temp=bad)
+    with pytest.raises(ValueError, match="GPT2Model has no head"):
+        lens.generate(model.transformer, 0, prompt)
     with pytest.raises(ValueError, match="max_new_tokens"):
         lens.generate(model, 0, prompt, max_new_tokens=-1)

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from all_models import build
 from reference import head_inputs, logits
-from tiny_models import D_MODEL, TYPES, VOCAB, tiny
+from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 from torch import nn
+from toy_model import ToyModel
+from transformers import AutoModelForCausalLM
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed
 from tuned_lens_fast.model_surgery import get_final_norm, get_transformer_layers
@@ -70,6 +73,59 @@ def test_norm_is_recognised_in_every_dtype(model_type, dtype):
     assert (got.kind, got.unit_offset, got.eps) == (wanted.kind, wanted.unit_offset, wanted.eps)
 
 
+def test_a_kind_is_not_told_by_the_weights():
+    """One of 300 hides a missing offset in bf16; zero, which training may change, hides all."""
+    model = tiny("gemma2", hidden_size=256, final_logit_softcapping=30.0)
+    with torch.no_grad():
+        weight = model.model.norm.weight.normal_(2, 0.7)
+        weight[5] = 300
+    assert Unembed(model.bfloat16()).norm.unit_offset
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        unembed = Unembed(model)
+        assert unembed.norm.kind == "layer"
+        model.transformer.ln_f.weight.fill_(2)
+    h = torch.randn(3, D_MODEL)
+    torch.testing.assert_close(unembed(h), model.lm_head(model.transformer.ln_f(h)), atol=1e-5, rtol=1e-5)
+
+
+class OnlyBFloat16(nn.RMSNorm):
+    def forward(self, x):
+        assert self.weight.dtype == torch.bfloat16
+        return super().forward(x)
+
+
+class Rewritten(nn.RMSNorm):
+    """Keeps its weight elsewhere too."""
+
+    def forward(self, x):
+        self.__dict__.setdefault("kept", self.weight.detach().clone())
+        return nn.functional.rms_norm(x, x.shape[-1:], self.kept.to(x.dtype), self.eps)
+
+
+@pytest.mark.parametrize("norm", [OnlyBFloat16, Rewritten])
+def test_norms_that_take_no_other_weights_run_as_modules(norm):
+    model = ToyModel(norm(D_MODEL, eps=1e-5)).bfloat16()
+    model(prompt())
+    unembed, h = Unembed(model), torch.randn(3, D_MODEL).bfloat16()
+    assert unembed.norm.kind == "module"
+    torch.testing.assert_close(unembed(h), model.unembedding(model.last(h)))
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device."""
+
+    device = torch.device("cuda", 1)
+
+
+def test_a_norm_and_a_head_on_two_devices_are_refused():
+    norm = nn.RMSNorm(D_MODEL)
+    norm.weight = nn.Parameter(torch.ones(D_MODEL).as_subclass(Elsewhere))
+    with pytest.raises(NotImplementedError, match=r"norm is on cuda:1 and its head on cpu.* one device in device_map"):
+        Unembed.from_modules(norm, nn.Linear(D_MODEL, VOCAB))
+
+
 class ConstantEps(nn.Module):
     """Keeps its eps to itself, and another number where an eps could be."""
 
@@ -82,18 +138,9 @@ class ConstantEps(nn.Module):
         return nn.functional.rms_norm(x, x.shape[-1:], eps=self.eps_of_forward[0])
 
 
-def model_of(norm, d_model):
-    model = nn.Module()
-    model.base_model = nn.Module()
-    model.base_model.norm = norm
-    head = nn.Linear(d_model, VOCAB)
-    model.get_output_embeddings = lambda: head
-    return model
-
-
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 def test_eps_is_measured(eps):
-    norm = Unembed(model_of(ConstantEps(eps), D_MODEL)).norm
+    norm = Unembed(ToyModel(ConstantEps(eps))).norm
     assert (norm.kind, norm.eps) == ("rms", eps)
 
 
@@ -101,7 +148,8 @@ def test_eps_is_measured(eps):
 @pytest.mark.parametrize("d_model", [2, 8192])
 @pytest.mark.parametrize(("cls", "kind"), [(nn.LayerNorm, "layer"), (nn.RMSNorm, "rms")])
 def test_kinds_are_told_apart_at_any_width(cls, kind, d_model, dtype):
-    assert Unembed(model_of(cls(d_model, eps=1e-5).to(dtype), d_model)).norm.kind == kind
+    model = ToyModel(cls(d_model, eps=1e-5), d_model, vocab=3).to(dtype)
+    assert Unembed(model, verify=False).norm.kind == kind
 
 
 class GatedNorm(nn.Module):
@@ -223,10 +271,11 @@ def test_deep_copy_reads_the_same_model():
     assert not lens[0].weight.any()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma2", "deepseek_v4", "gemma3n_text"])
 def test_pickled_lens_works_alone(model_type):
-    model = tiny(model_type)
-    lens, h = LogitLens.from_model(model), torch.randn(5, D_MODEL)
+    model = tiny(model_type) if model_type in TYPES else build(model_type)
+    lens = LogitLens.from_model(model)
+    h = torch.randn(5, lens.unembed.hidden_size)
     file = io.BytesIO()
     torch.save(lens, file)
     file.seek(0)
@@ -241,6 +290,9 @@ def test_the_users_hooks_are_not_run():
     model, calls = tiny("llama"), []
     model.model.norm.register_forward_hook(lambda *_: calls.append("norm"))
     model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+    LogitLens.from_model(model)(torch.randn(3, D_MODEL), 0)
+    model.model.norm = GatedNorm()
+    model.model.norm.register_forward_hook(lambda *_: calls.append("module norm"))
     LogitLens.from_model(model)(torch.randn(3, D_MODEL), 0)
     assert calls == []
 
@@ -297,13 +349,16 @@ def test_gradient_with_respect_to_h():
 
 def test_models_without_weights_or_head():
     with torch.device("meta"):
-        model = nn.Module()
-        model.base_model = nn.Module()
-        model.base_model.norm = nn.LayerNorm(D_MODEL)
-        head = nn.Linear(D_MODEL, VOCAB)
-    model.get_output_embeddings = lambda: head
-    with pytest.raises(ValueError, match="not loaded"):
+        model = AutoModelForCausalLM.from_config(tiny("llama").config)
+    for verify in (True, False):
+        with pytest.raises(ValueError, match=r"is not loaded \(meta device\)"):
+            Unembed(model, verify=verify)
+    model = tiny("llama")
+    model.model.layers.to("meta")
+    with pytest.raises(ValueError, match=r"model.layers.0.* is not loaded"):
         Unembed(model)
+    h = torch.randn(2, D_MODEL)
+    assert torch.equal(Unembed(model, verify=False)(h), Unembed(tiny("llama"))(h))
     with pytest.raises(ValueError, match="no head"):
         Unembed(tiny("gpt2").transformer)
 
@@ -337,8 +392,9 @@ class HookedLayerNorm(nn.Module):
 
 def test_a_transformer_lens_model():
     model = nn.Module()
-    model.ln_final, model.unembed, model.cfg = HookedLayerNorm(), HookedUnembed(), SimpleNamespace()
-    unembed, h = Unembed(model), torch.randn(4, D_MODEL)
+    model.ln_final, model.unembed = HookedLayerNorm(), HookedUnembed()
+    model.cfg = SimpleNamespace(d_model=D_MODEL, n_layers=LAYERS)
+    unembed, h = Unembed(model, verify=False), torch.randn(4, D_MODEL)
     assert unembed.norm.kind == "layer"
     assert unembed.unembedding.weight.data_ptr() == model.unembed.W_U.data_ptr()
     wanted = model.ln_final(h) @ model.unembed.W_U + model.unembed.b_U

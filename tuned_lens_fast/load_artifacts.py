@@ -1,28 +1,55 @@
-"""Finds the two files of a saved lens, in a local folder or on the Hugging Face hub.
+"""Finds the two files of a saved lens, in a local folder or on the Hugging Face hub, and pushes them there.
 
-Only finds them; :class:`~tuned_lens_fast.nn.TunedLens` reads them.
+Only finds them; :mod:`tuned_lens_fast.artifacts` reads them.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.utils import (
     EntryNotFoundError,
+    GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-#: A model's present name on the hub -> the folder its published lens is in.
+#: Tried in this order where the caller names no other checkpoint.
+_CHECKPOINTS = ("params.pt", "params.safetensors")
+
+#: Where a model's name is another than its published lens's: -> the lens's folder. Lenses of the first Pythia
+#: models, which were named by another count of their parameters and since replaced, end in -v0.
 ALIASES = {
-    "openai-community/gpt2": "gpt2",
-    "openai-community/gpt2-large": "gpt2-large",
-    "openai-community/gpt2-xl": "gpt2-xl",
+    **{f"openai-community/{name}": name for name in ("gpt2", "gpt2-large", "gpt2-xl")},
+    **{f"huggyllama/llama-{size}": f"facebook/llama-{size}" for size in ("7b", "13b", "30b")},
+    **{f"decapoda-research/llama-{size}-hf": f"facebook/llama-{size}" for size in ("7b", "13b", "30b")},
+    "lmsys/vicuna-13b-v1.1": "facebook/vicuna-13b",
+    **{
+        f"NousResearch/{name}": f"meta-llama/{name}"
+        for name in (
+            *(f"Llama-2-{size}{chat}-hf" for size in ("7b", "13b") for chat in ("", "-chat")),
+            *("Meta-Llama-3-8B", "Meta-Llama-3-8B-Instruct"),
+        )
+    },
+    **{
+        f"EleutherAI/pythia-{old}-deduped": f"EleutherAI/pythia-{new}-deduped-v0"
+        for old, new in (
+            *(("19m", "70m"), ("125m", "160m"), ("350m", "410m"), ("800m", "1b")),
+            *(("1.3b", "1.4b"), ("2.7b", "2.8b"), ("6.7b", "6.9b"), ("13b", "12b")),
+        )
+    },
 }
+
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+_GO_OFFLINE = "or pass a folder that holds the lens's files"
 
 
 def load_lens_artifacts(
@@ -38,12 +65,14 @@ def load_lens_artifacts(
     """The config and the checkpoint of a lens: from a local folder if there is one, else from the hub.
 
     Args:
-        resource_id: a folder, or the name of a lens on the hub, mostly that of its model ("gpt2").
+        resource_id: a folder, or the name of a lens on the hub, mostly that of its model ("gpt2"). Other names
+            of a model (:data:`ALIASES`) and its folder in the hub's cache lead to the same lens.
         repo_id: the hub's repository; by default the environment's TUNED_LENS_REPO_ID, else
             "AlignmentResearch/tuned-lens".
         repo_type: by default the environment's TUNED_LENS_REPO_TYPE, else "space".
         revision: branch, tag or commit of the repository.
-        config_file, ckpt_file: names of the two files in the lens's folder.
+        config_file, ckpt_file: names of the two files in the lens's folder. Where there is no "params.pt",
+            "params.safetensors" is taken.
         subfolder: the repository's folder of lenses.
         cache_dir: where downloads are kept; by default the hub's cache.
 
@@ -51,23 +80,32 @@ def load_lens_artifacts(
         The paths of the config and the checkpoint.
 
     Raises:
-        FileNotFoundError: no such lens.
+        FileNotFoundError: no such lens, or a local folder that holds only a part of one.
+        PermissionError: the repository is gated.
         ConnectionError: the hub cannot be reached, and its cache does not hold the lens.
+        ValueError: ``resource_id`` is empty.
     """
+    if not os.fspath(resource_id):
+        raise ValueError("resource_id: it is empty, so no lens can be found by it; pass a folder or a lens's name")
+    checkpoints = _CHECKPOINTS if ckpt_file == _CHECKPOINTS[0] else (ckpt_file,)
     folder = Path(resource_id)
-    missing = [name for name in (config_file, ckpt_file) if not (folder / name).is_file()]
-    if not missing:
-        return folder / config_file, folder / ckpt_file
-    here = f"{folder} lacks {' and '.join(missing)}" if folder.is_dir() else f"there is no folder {folder}"
-    if folder.is_absolute() or os.fspath(resource_id).startswith((".", "~")):
-        raise FileNotFoundError(f"resource_id: no lens at {os.fspath(resource_id)!r}: {here}")
+    here = {checkpoint: folder / checkpoint for checkpoint in checkpoints if (folder / checkpoint).is_file()}
+    config = folder / config_file
+    if here and config.is_file():
+        return config, next(iter(here.values()))
+
+    lacking = " and ".join([config_file] * (not config.is_file()) + [" or ".join(checkpoints)] * (not here))
+    problem = f"{folder} lacks {lacking}" if folder.is_dir() else f"there is no folder {folder}"
+    name = _name_on_hub(resource_id)
+    # A folder of the model, which may be named as the model on the hub, says nothing about its lens.
+    if here or (config.is_file() and not _is_model_config(config)) or name is None:
+        raise FileNotFoundError(f"resource_id: no lens at {os.fspath(resource_id)!r}: {problem}")
 
     repo_id = repo_id or os.environ.get("TUNED_LENS_REPO_ID") or "AlignmentResearch/tuned-lens"
     repo_type = repo_type or os.environ.get("TUNED_LENS_REPO_TYPE") or "space"
-    name = folder.as_posix()
-    lens_folder = f"{subfolder}/{ALIASES.get(name, name)}"
+    lens_folder = f"{subfolder}/{name}".lstrip("/")
     place = f"{lens_folder} in the hub's {repo_type} {repo_id} (revision {revision})"
-    sought = f"no lens {name!r}: {here}, and {place}"
+    sought = f"no lens {name!r}: {problem}, and {place}"
 
     def download(filename: str) -> Path:
         return Path(
@@ -82,10 +120,90 @@ def load_lens_artifacts(
         )
 
     try:
-        return download(config_file), download(ckpt_file)
+        config = download(config_file)
+        for checkpoint in checkpoints[:-1]:
+            with suppress(EntryNotFoundError):
+                return config, download(checkpoint)
+        return config, download(checkpoints[-1])
     except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"resource_id: {sought} is not in the cache and cannot be fetched: {error}") from error
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ConnectionError(
+            f"resource_id: {sought} is not in the cache and cannot be fetched: {error}. "
+            f"Check the network and HF_HUB_OFFLINE, {_GO_OFFLINE}"
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"resource_id: {sought} is gated: {error}. Accept its terms on the hub's page of {repo_id}, then {_LOG_IN}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"resource_id: {sought} does not exist, or is private: {error}. If it is private, {_LOG_IN}"
+        ) from error
+    except (EntryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(f"resource_id: {sought} does not exist: {error}") from error
     except OSError as error:
-        raise ConnectionError(f"resource_id: {sought} cannot be fetched: {error}") from error
+        raise ConnectionError(
+            f"resource_id: {sought} cannot be fetched: {error}. "
+            f"Check the network and HF_ENDPOINT, {_LOG_IN} if the hub refuses you, {_GO_OFFLINE}"
+        ) from error
+
+
+def push_lens_artifacts(
+    folder: str | Path,
+    resource_id: str,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    subfolder: str = "lens",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> str:
+    """Puts the files of ``folder`` where :func:`load_lens_artifacts` with the same names finds them.
+
+    Args:
+        folder: holds the config and the checkpoint.
+        resource_id: the lens's name in the repository.
+        repo_id: the hub's repository, "owner/name"; made if it does not exist.
+        repo_type, subfolder: as in :func:`load_lens_artifacts`.
+        private: whether a repository that is made here is private.
+        token: the hub's access token; by default the one you are logged in with.
+        options: others of ``huggingface_hub.HfApi.upload_folder``, such as ``revision`` or ``commit_message``.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: ``resource_id`` is a path.
+    """
+    name = _name_on_hub(resource_id)
+    if name is None:
+        raise ValueError(f"resource_id: {resource_id!r} is a path; pass the name the lens shall have on the hub")
+    api = HfApi(token=token)
+    api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        repo_type=repo_type,
+        folder_path=folder,
+        path_in_repo=f"{subfolder}/{name}".lstrip("/"),
+        **options,
+    )
+    return str(commit)
+
+
+def _name_on_hub(resource_id: str | os.PathLike[str]) -> str | None:
+    """The folder of a lens among the hub's lenses; None for what can only be a local path."""
+    path = Path(resource_id)
+    # Where the hub's cache keeps a model, which is the name of a model that was loaded from there.
+    cached = re.search(r"(?:^|/)models--([^/]+)/snapshots/", f"{path.as_posix()}/")
+    if not cached and (path.is_absolute() or os.fspath(resource_id).startswith((".", "~"))):
+        return None
+    name = cached[1].replace("--", "/") if cached else path.as_posix()
+    return ALIASES.get(name, name)
+
+
+def _is_model_config(path: Path) -> bool:
+    """A model's config names its type, a lens's does not."""
+    try:
+        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, TypeError):
+        return False

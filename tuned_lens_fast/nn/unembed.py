@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -22,13 +23,16 @@ from torch.distributions import Distribution
 
 from tuned_lens_fast import model_surgery
 from tuned_lens_fast.engines.seam import Head, Norm
+from tuned_lens_fast.models.alias import frozen_alias
+from tuned_lens_fast.models.watching import LogitTransform, Watched
+from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
 
 @dataclass
 class InversionOutput:
     """What :meth:`Unembed.invert` found."""
 
-    preimage: Tensor  #: [..., d_model], the hidden states h
+    preimage: Tensor  #: [..., hidden_size], the hidden states h
     grad_norm: Tensor  #: norm of the loss's gradient at h
     kl: Tensor  #: mean of KL(target || softmax(unembed(h))), nats
     loss: Tensor  #: kl plus the weighted prior term
@@ -48,45 +52,128 @@ class Unembed(nn.Module):
     two devices; move the model instead where that matters. Casts do not reach the norm and head.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Reads the end of ``model``, a causal LM of transformers or TransformerLens's ``HookedTransformer``.
+    def __init__(self, model: Any, *, verify: bool = True) -> None:
+        """Reads the end of ``model``: a causal LM of transformers, one inside of nnsight's or TransformerLens's wrapper
+        (``NNsight``, ``LanguageModel``, ``TransformerBridge``), or TransformerLens's ``HookedTransformer``.
+
+        A causal LM is run on a few tokens, which leaves nothing behind, and the logits of this Unembed for random
+        hidden states are compared with its own.
+
+        Args:
+            model: with its weights loaded; only its blocks may be offloaded or quantised.
+            verify: False to leave out that comparison, and not to run the model's blocks.
 
         Raises:
-            ValueError: ``model`` has no linear head or no final norm, or its weights are not loaded (meta
-                device).
-            NotImplementedError: the model's type is not known, or no lens can read it.
+            ValueError: ``model`` has no linear head, or its weights are not loaded (meta device).
+            TypeError: the head's weight is quantised.
+            NotImplementedError: no lens can read the model, and why; or its logits are not those of this Unembed,
+                and what differs; or its norm and head are on two devices.
         """
         super().__init__()
-        norm = model_surgery.get_final_norm(model)
-        linear = model_surgery.get_unembedding_matrix(model)
-        hooked = model_surgery.is_hooked_transformer(model)
-        # A tuple of modules is not registered as submodules.
-        self._model_end: tuple[nn.Module, nn.Module] = (norm, model.unembed if hooked else linear)
+        model = unwrapped(model)
+        if is_hooked_transformer(model):
+            norm, transform = model_surgery.get_final_norm(model), model_surgery.get_logit_transform(model)
+            self._describe(norm, model.unembed, model.cfg.d_model, transform, model.cfg.n_layers)
+            if verify:
+                check_hooked(model, self)
+            return
+        _check_head(model_surgery.get_unembedding_matrix(model))
+        watched = Watched(model, run_blocks=verify)
+        self._describe(watched.norm, watched.head, watched.width, watched.transform, watched.num_blocks)
+        if verify:
+            watched.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+
+    @classmethod
+    def from_modules(
+        cls,
+        final_norm: nn.Module | None,
+        unembedding: nn.Linear,
+        *,
+        factor: float = 1.0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> Unembed:
+        """The end of any model, from its parts: ``z = softcap(scale * (W (factor * norm(h)) + b))``.
+
+        Args:
+            final_norm: from hidden states ``[..., d_model]`` to the same shape; None for a model without one.
+            unembedding: the head.
+            factor: what the normed hidden state is multiplied by.
+            scale: what the logits are multiplied by.
+            softcap: c in ``c * tanh(z / c)``; None for none.
+
+        Raises:
+            TypeError: a module or number of another type, or a quantised head.
+            ValueError: the norm does not take or give d_model, a number is not finite, or ``softcap`` or
+                ``scale`` or ``factor`` is 0.
+            NotImplementedError: the two are on two devices.
+        """
+        if not isinstance(unembedding, nn.Linear):
+            raise TypeError(f"unembedding: got a {type(unembedding).__name__}, wanted an nn.Linear")
+        if final_norm is not None and not isinstance(final_norm, nn.Module):
+            raise TypeError(f"final_norm: got a {type(final_norm).__name__}, wanted an nn.Module or None")
+        for name, number in (("factor", factor), ("scale", scale), ("softcap", softcap)):
+            if number is None and name == "softcap":
+                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: got a {type(number).__name__}, wanted a number")
+            if not math.isfinite(number) or number == 0 or (name == "softcap" and number < 0):
+                wanted = "a positive number" if name == "softcap" else "a number that is not 0"
+                raise ValueError(f"{name}: got {number}, wanted {wanted}")
+        unembed = cls.__new__(cls)
+        nn.Module.__init__(unembed)
+        norm = nn.Identity() if final_norm is None else final_norm
+        width = unembedding.in_features
+        for name, module in (("final_norm", norm), ("unembedding", unembedding)):
+            if any(p.is_meta for p in module.parameters()):
+                raise ValueError(f"{name}: its weights are not loaded (meta device)")
+        unembed._describe(norm, unembedding, width, LogitTransform(factor, scale, softcap), None)
+        try:
+            with torch.no_grad():
+                shape = [*unembed.norm(torch.zeros(2, width, device=unembedding.weight.device)).shape]
+        except Exception as error:
+            raise ValueError(f"final_norm: it does not take hidden states [2, {width}]: {error}") from error
+        if shape != [2, width]:
+            raise ValueError(f"final_norm: it gives {shape} for hidden states [2, {width}], wanted the same shape")
+        return unembed
+
+    def _describe(
+        self, norm: nn.Module, head: nn.Module, width: int, transform: LogitTransform, layers: int | None
+    ) -> None:
+        place, places = model_surgery.as_linear(head).weight.device, {str(p.device) for p in norm.parameters()}
+        if places and str(place) not in places:
+            raise NotImplementedError(
+                f"model: its final norm is on {', '.join(sorted(places))} and its head on {place}, and a lens reads "
+                f"both at once; keep them on one device in device_map"
+            )
         self._moved: tuple[nn.Module, nn.Linear] | None = None
-        self._transform = model_surgery.get_logit_transform(model)
-        self._formula = _recognise(norm, linear.in_features)
-        config = getattr(model, "config", None)
-        if config is not None and hasattr(config, "get_text_config"):  # a wrapper of a language model
-            config = config.get_text_config()
-        #: Blocks of the model, where its config tells.
-        self.num_hidden_layers: int | None = getattr(config, "num_hidden_layers", None)
+        # A tuple of modules is not registered as submodules.
+        self._model_end: tuple[nn.Module, nn.Module] = (norm, head)
+        self._transform = transform
+        #: Width of a hidden state: d_model, or all streams of a model with several.
+        self.hidden_size: int = width
+        self._formula = _recognise(norm, width)
+        #: Blocks of the model, where they are known.
+        self.num_hidden_layers: int | None = layers
 
     @property
     def final_norm(self) -> nn.Module:
         """The model's final norm as a frozen module on the same storage, without any factor."""
-        return _frozen_alias(self._end()[0])
+        return frozen_alias(self._end()[0])
 
     @property
     def unembedding(self) -> nn.Linear:
         """The model's head as a frozen linear layer on the same storage, without scale or softcap."""
-        return _frozen_alias(self._end()[1])
+        return frozen_alias(self._end()[1])
 
     @property
     def norm(self) -> Norm:
         """The final norm and factor as the engines take them; its tensors alias the model's."""
         module, factor = self._end()[0], self._transform.factor
+        if isinstance(module, nn.Identity):
+            return Norm(kind="identity", factor=factor)
         if self._formula is None:
-            return Norm(kind="module", module=_frozen_alias(module), factor=factor)
+            return Norm(kind="module", module=frozen_alias(module), factor=factor, width=self.hidden_size)
         tensors = dict(module.named_parameters())
         return Norm(
             kind=self._formula.kind,
@@ -105,11 +192,11 @@ class Unembed(nn.Module):
             TypeError: the head's weight is quantised to integers.
         """
         linear = self._end()[1]
-        if not linear.weight.is_floating_point():
-            raise TypeError(f"model: its head is {linear.weight.dtype}; wanted a floating dtype, leave it unquantised")
+        _check_head(linear)
+        vocab = self._transform.vocab
         return Head(
-            weight=linear.weight.detach(),
-            bias=None if linear.bias is None else linear.bias.detach(),
+            weight=linear.weight.detach()[:vocab],
+            bias=None if linear.bias is None else linear.bias.detach()[:vocab],
             scale=self._transform.scale,
             softcap=self._transform.softcap,
         )
@@ -121,17 +208,17 @@ class Unembed(nn.Module):
         Differentiable with respect to ``h`` only.
 
         Args:
-            h: floating ``[..., d_model]``.
+            h: floating ``[..., hidden_size]``.
 
         Returns:
             ``[..., vocab]`` in the head's dtype.
 
         Raises:
             TypeError: ``h`` is not floating.
-            ValueError: the last dimension of ``h`` is not d_model.
+            ValueError: the last dimension of ``h`` is not hidden_size.
         """
         head = self.head
-        check_hidden(h, head.weight.shape[1])
+        check_hidden(h, self.hidden_size)
         x = self.norm(h.to(torch.promote_types(h.dtype, torch.float32)))
         return head.transform(F.linear(x.to(head.weight.dtype), head.weight, head.bias))
 
@@ -172,7 +259,7 @@ class Unembed(nn.Module):
 
         Args:
             logits: ``[..., vocab]``.
-            h0: where to start, ``[..., d_model]``; by default from least squares in W x + b.
+            h0: where to start, ``[..., hidden_size]``; by default from least squares in W x + b.
             max_iter: at most about so many evaluations of the loss.
             optimizer: "lbfgs" or "sgd".
             prior_weight, prior: adds ``-prior_weight * prior.log_prob(norm(h))``, averaged over positions.
@@ -188,18 +275,24 @@ class Unembed(nn.Module):
             RuntimeError: the loss is not finite.
         """
         head = self.head
-        vocab, d_model = head.weight.shape
+        vocab = head.vocab
         if logits.shape[-1:] != (vocab,):
             raise ValueError(f"logits: got shape {[*logits.shape]}, wanted [..., {vocab}]")
-        if h0 is not None and h0.shape != (*logits.shape[:-1], d_model):
-            raise ValueError(f"h0: got shape {[*h0.shape]}, wanted {[*logits.shape[:-1], d_model]}")
+        if h0 is not None and h0.shape != (*logits.shape[:-1], self.hidden_size):
+            raise ValueError(f"h0: got shape {[*h0.shape]}, wanted {[*logits.shape[:-1], self.hidden_size]}")
         if optimizer not in ("lbfgs", "sgd"):
             raise ValueError(f"optimizer: got {optimizer!r}, wanted 'lbfgs' or 'sgd'")
 
         log_p = logits.detach().float().log_softmax(-1)
         p = log_p.exp()
         weighted = p if weight is None else p * weight
-        start = _first_guess(logits.detach(), self.norm, head) if h0 is None else h0.detach().float().clone()
+        if h0 is None:
+            guess = _first_guess(logits.detach(), self.norm, head)
+            start = guess.repeat(
+                *[1] * (guess.ndim - 1), self.hidden_size // guess.shape[-1]
+            )  # the same in all streams
+        else:
+            start = h0.detach().float().clone()
         h = start.requires_grad_()
         opt: torch.optim.Optimizer
         if optimizer == "lbfgs":
@@ -247,7 +340,7 @@ class Unembed(nn.Module):
         here = linear.weight.device
         there = fn(torch.empty(0, device=here)).device
         if there != here:
-            self._moved = (_frozen_alias(norm).to(there), _frozen_alias(linear).to(there))
+            self._moved = (frozen_alias(norm).to(there), frozen_alias(linear).to(there))
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -266,6 +359,14 @@ def check_hidden(h: Tensor, d_model: int) -> None:
         raise ValueError(f"h: got shape {[*h.shape]}, wanted [..., {d_model}]")
 
 
+def _check_head(linear: nn.Linear) -> None:
+    """Raises a TypeError for a head that engines could not take tiles of."""
+    plain = type(linear.weight.data) in (Tensor, nn.Parameter)
+    if not plain or not linear.weight.is_floating_point():
+        kind = linear.weight.dtype if plain else f"a {type(linear.weight.data).__name__}"
+        raise TypeError(f"model: its head is {kind}; wanted a tensor of a floating dtype, leave it unquantised")
+
+
 @dataclass(frozen=True)
 class _Formula:
     """How a norm module computes: a formula of :class:`Norm`, and the names of the parameters in it."""
@@ -278,50 +379,44 @@ class _Formula:
 
 
 def _recognise(module: nn.Module, d_model: int) -> _Formula | None:
-    """The formula that gives what ``module`` gives on a few vectors; None if none does."""
+    """The formula that gives what ``module`` gives on a few vectors; None if none does.
+
+    Its parameters are replaced meanwhile: those that it has may hide a kind or an offset, being all zero or one of them
+    large, and may change later.
+    """
     parameters = dict(module.named_parameters())
-    if any(p.is_meta for p in parameters.values()):
-        raise ValueError("model: its weights are not loaded (meta device); load them before building a lens")
-    weight = next((name for name in ("weight", "w") if name in parameters), None)
-    bias = next((name for name in ("bias", "b") if name in parameters), None)
+    # TransformerLens's bridge keeps the model's norm inside of its own.
+    leaves = {name.rpartition(".")[2]: name for name in parameters}
+    weight, bias = leaves.get("weight", leaves.get("w")), leaves.get("bias", leaves.get("b"))
     if set(parameters) != {weight, bias} - {None} or any(p.shape != (d_model,) for p in parameters.values()):
         return None
-    some = next(iter(parameters.values()), torch.empty(0))
+    cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    some = next(iter(parameters.values()), torch.empty(0, **cpu))
     # Off-centre, so that LayerNorm and RMSNorm differ; one row so small that eps matters.
-    x = torch.randn(3, d_model, generator=torch.Generator().manual_seed(0)) + 0.5
-    x = (x * torch.tensor([[1.0], [30.0], [3e-3]])).to(some.device, some.dtype)
-    with torch.no_grad():
-        # forward() rather than a call, so that the user's hooks see nothing of this.
-        wanted = module.forward(x).double()
-    tolerance = max(1e-4, 4 * torch.finfo(some.dtype).eps) * wanted.abs().amax(-1, keepdim=True)
-    epsilons = dict.fromkeys([*(v for v in vars(module).values() if isinstance(v, float)), 1e-5, 1e-6])
+    x = torch.randn(3, d_model, generator=torch.Generator().manual_seed(0), **cpu) + 0.5
+    x = (x * torch.tensor([[1.0], [30.0], [3e-3]], **cpu)).to(some.device)
+    ranges = {weight: (0.5, 1.5), bias: (-1.0, 1.0)}
+    values = {name: torch.linspace(*ranges[name], d_model, **cpu).to(some.device) for name in parameters}
+    try:
+        with torch.no_grad():
+            wanted = torch.func.functional_call(frozen_alias(module), values, x).double()
+    except Exception:  # of a module that wants another dtype, or that does not let go of its weights
+        return None
+    tolerance = 1e-4 * wanted.abs().amax(-1, keepdim=True)
+    floats = (v for part in module.modules() for v in vars(part).values() if isinstance(v, float))
+    epsilons = dict.fromkeys([*floats, 1e-5, 1e-6])
     for eps, kind, unit_offset in product(epsilons, ("rms", "layer"), (False, True) if weight else (False,)):
         formula = _Formula(kind, weight, bias, eps, unit_offset)
         norm = Norm(
             kind,
-            weight=parameters[weight].detach() if weight else None,
-            bias=parameters[bias].detach() if bias else None,
+            weight=values[weight] if weight else None,
+            bias=values[bias] if bias else None,
             eps=eps,
             unit_offset=unit_offset,
         )
         if ((norm(x.double()) - wanted).abs() <= tolerance).all():
             return formula
     return None
-
-
-def _frozen_alias(module: Any) -> Any:
-    """A module that computes what ``module`` does with the same storage, and whose state is its own.
-
-    Moving, casting or freezing it leaves ``module`` alone, and no gradient reaches ``module``'s parameters.
-    """
-    alias = copy.copy(module)
-    alias._parameters = {
-        name: p if p is None else nn.Parameter(p.detach(), requires_grad=False)
-        for name, p in module._parameters.items()
-    }
-    alias._buffers = dict(module._buffers)
-    alias._modules = {name: m if m is None else _frozen_alias(m) for name, m in module._modules.items()}
-    return alias
 
 
 def _first_guess(logits: Tensor, norm: Norm, head: Head) -> Tensor:

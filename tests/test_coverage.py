@@ -1,0 +1,52 @@
+"""Every model type of transformers against a lens of it, and the table in the docs that says so."""
+
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from all_models import DECODERS, OTHERS, UNBUILT
+from coverage_table import TRANSFORMERS, survey, table
+
+TABLE = Path(__file__).parent.parent / "docs" / "models.md"
+KNOWN = set(re.findall(r"^\| ([\w-]+) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
+#: Logits that are no function of the last block's output alone, as a lens would need.
+REFUSED = {"inkling2_text", "reformer", "xlm"}
+#: Their blocks run several times in a pass.
+LOOPED = {"hrm_text"}
+#: transformers' own list is shifted (mamba) or rescaled (rwkv) here, or has another form.
+UNLIKE_TRANSFORMERS = {
+    "blt", "deepseek_v4", "falcon_mamba", "gemma3n_text", "hy_v4", "mamba", "mamba2", "rwkv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [t for t in DECODERS if t in KNOWN])  # a newer transformers has more
+def test_logits_of_random_hidden_states(model_type):
+    row = survey(model_type)
+    if model_type in REFUSED:
+        assert "depend on more than its last block's output" in row.refused
+        return
+    assert row.refused is None
+    assert row.error <= 1e-4
+    if model_type in LOOPED:
+        assert "has no one state to read" in row.no_stream
+        return
+    assert row.no_stream is None
+    assert row.stream_error <= 1e-4
+    assert row.unlike_transformers == (model_type in UNLIKE_TRANSFORMERS)
+
+
+@pytest.mark.parametrize("model_type", sorted((OTHERS & KNOWN) - UNBUILT.keys()))
+def test_other_types_are_read_or_refused(model_type):
+    row = survey(model_type)
+    assert row.error <= 1e-4
+    assert (row.refused is not None) == (model_type in {"prophetnet", "xlnet", "xmod"})
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith(f"{TRANSFORMERS}."), reason=f"the table is of transformers {TRANSFORMERS}"
+)
+def test_the_table_in_the_docs_is_current():
+    assert TABLE.read_text(encoding="utf-8") == table(), "python tests/coverage_table.py > docs/models.md"
+    assert len(DECODERS) >= 154
+    assert [t for t in DECODERS if survey(t).refused is not None] == sorted(REFUSED)
