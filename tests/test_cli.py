@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import tiny_text_model
@@ -23,6 +24,7 @@ from tiny_text_model import LAYERS, POSITIONS
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import cli, progress
+from tuned_lens_fast.data import parts
 from tuned_lens_fast.plotting import print_table
 
 TEXT = "The cat sat on the mat.\nTwice."
@@ -142,6 +144,114 @@ def test_out(suffix, saved, tmp_path, capsys):
     assert one.kl == pytest.approx(wanted.kl[1, 3].item(), rel=1e-5)
 
 
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_jsonl(saved, tmp_path, capsys):
+    folder, model, tokenizer = saved
+    texts = {"one": TEXT, "two": "short", "three": "straße 🙂" * 9}
+    source = write_jsonl(tmp_path / "x.jsonl", [{"name": name, "body": text} for name, text in texts.items()])
+    out = tmp_path / "run"
+    argv = [str(folder), "--jsonl", source, "--text-column", "body", "--id-column", "name", "--out", str(out)]
+    argv += ["--stats", "entropy, kl", "--watch", "a", "--watch", "Ġ", "--watch", "\n", "--chunk", "64", "--verbose"]
+    assert cli.main(["decode", *argv]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(r"memory budget 256.0 MiB: .* in all", captured.err)
+    positions = sum(len(tokenizer(text)["input_ids"]) for text in texts.values())
+    found = re.search(r"(\d+) layers x (\d+) positions in [\d.]+ s, [\d,]+ positions/s", captured.err)
+    assert int(found[1]) == LAYERS + 1
+    assert positions <= int(found[2]) <= 4 / 3 * positions, "padding is decoded too"
+    assert f"wrote {out}" in captured.err
+
+    frame = pandas.read_parquet(out)
+    assert len(frame) == (LAYERS + 1) * positions
+    assert not {"rank", "log_prob"} & set(frame.columns)
+    lens = tl.LogitLens.from_model(model)
+    watch = tokenizer.convert_tokens_to_ids(["a", "Ġ", "Ċ"])
+    for name, text in texts.items():
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+        wanted = tl.decode_model(model, lens, ids, top_k=5, watch=watch)
+        rows = frame[frame.document == name].sort_values(["layer", "position"])
+        assert rows.token.tolist() == tokenizer.convert_ids_to_tokens(ids.tolist()) * (LAYERS + 1)
+        torch.testing.assert_close(torch.tensor(rows.kl.tolist()), wanted.kl.flatten(), atol=1e-4, rtol=1e-4)
+        watched = torch.from_numpy(np.stack(rows.watch_log_probs.to_list()))
+        torch.testing.assert_close(watched, wanted.watch_log_probs.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+    assert cli.main(["decode", *argv]) == 0
+    assert re.search(r"x 0 positions in", capsys.readouterr().err), "all there already"
+
+
+def test_a_text_into_a_folder(saved, tmp_path, capsys):
+    folder, _, tokenizer = saved
+    out = tmp_path / "run"
+    assert cli.main(["decode", str(folder), TEXT, "--out", str(out), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    frame = pandas.read_parquet(out)
+    assert len(frame) == (LAYERS + 1) * len(tokenizer(TEXT)["input_ids"])
+    assert frame.document.unique().tolist() == [0]
+
+
+def test_interrupted_between_parts(folder, tmp_path, capsys, monkeypatch):
+    source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a" * 90}, {"text": "b" * 40}])
+    argv = ["decode", folder, "--jsonl", source, "--chunk", "30", "--out", str(tmp_path / "run"), "--quiet"]
+    write = parts.RunFolder.write
+
+    def interrupted(self, batch, chunk, *columns):
+        if chunk == 2:
+            raise KeyboardInterrupt
+        write(self, batch, chunk, *columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.RunFolder, "write", interrupted)
+        assert cli.main(argv) == 130
+    assert capsys.readouterr().err == "tuned-lens-fast: interrupted; the same command resumes\n"
+    assert len(list((tmp_path / "run").glob("*.parquet"))) == 2
+    assert cli.main(argv) == 0
+    assert len(pandas.read_parquet(tmp_path / "run")) == (LAYERS + 1) * 130
+
+
+@pytest.mark.parametrize(
+    ("second", "problem"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "a list, wanted an object"),
+        ('{"body": "b"}', "no column 'text', there are 'body'"),
+        ("{}", "no column 'text', there are none"),
+        ('{"text": null}', "'text' is null, wanted a string"),
+        ('{"text": 5}', "'text' is a number, wanted a string"),
+        ('{"text": ""}', "'text' is empty"),
+        ('{"text": "b"}', "no column 'id', there are 'text'"),
+        ('{"text": "b", "id": true}', "'id' is a bool, wanted a string or a whole number"),
+        ('{"text": "b", "id": 1.5}', "'id' is a number, wanted a string or a whole number"),
+        ('{"text": "b", "id": 1}', "'id' is a number, a string before"),
+        ('{"text": "b", "id": "a"}', "'id' is 'a', as in line 1"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named_before_the_work(second, problem, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_load_model", lambda args: pytest.fail("the work has begun"))
+    source = tmp_path / "x.jsonl"
+    source.write_text('{"text": "a", "id": "a"}\n\n' + second + '\n{"text": "c", "id": "c"}\n')
+    out = tmp_path / "run"
+    assert cli.main(["decode", "model", "--jsonl", str(source), "--id-column", "id", "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"tuned-lens-fast: error: jsonl: {source}, line 3: {problem}")
+    assert not out.exists()
+
+
+def test_a_line_too_long_is_named_before_the_model_runs(folder, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * (POSITIONS + 1)}])
+    assert cli.main(["decode", folder, "--jsonl", source, "--out", str(tmp_path / "run")]) == 1
+    assert re.search(rf"jsonl: .*, line 2: it has {POSITIONS + 1} tokens, more than", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    source = write_jsonl(tmp_path / "x.jsonl", [])
+    assert cli.main(["decode", folder, "--jsonl", source, "--out", str(tmp_path / "run")]) == 1
+    assert "has no documents" in capsys.readouterr().err
+
+
 def test_html(folder, tmp_path, capsys):
     path = tmp_path / "page.html"
     assert cli.main(["decode", folder, TEXT, "--html", str(path)]) == 0
@@ -211,6 +321,26 @@ def test_info(saved, tuned, capsys):
     assert re.search(r"engine eager +ok", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", r"config\.json is no JSON"),
+        ("[" * 100_000, r"config\.json is no JSON"),
+        ("[]", r"config\.json holds a list, wanted an object"),
+        ('{"d_model": "x", "num_layers": 2}', "d_model is 'x', wanted a positive integer"),
+        ('{"d_model": 2, "num_layers": 2, "rank": 3}', "rank is 3, so its translators are of low rank"),
+        ("{}", "base_model_name_or_path, d_model, num_hidden_layers missing"),
+    ],
+)
+def test_info_of_a_damaged_config(tmp_path, capsys, text, problem):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "params.pt").touch()
+    assert cli.main(["info", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(rf"tuned-lens-fast: error: .*{problem}.*\n", err)
+
+
 def test_module_runs(folder):
     command = [sys.executable, "-m", "tuned_lens_fast", "decode", folder, "-", "--json"]
     done = subprocess.run(command, input=b"hello", capture_output=True)
@@ -232,25 +362,36 @@ def test_module_runs(folder):
         (["{model}", "hi", "--layers", "1,9"], 1, "layer.*9"),
         (["{model}", "hi", "--top-k", "100000"], 1, "top_k: got 100000"),
         (["{model}", "hi", "--memory-budget", "10"], 1, "memory_budget: got 10"),
-        (["{model}", "hi", "--device", "nonsense"], 1, "nonsense"),
+        (["{model}", "hi", "--device", "nonsense"], 1, "device: cannot use 'nonsense'"),
+        (["{model}", "hi", "--watch", "hi"], 1, r"watch: 'hi' is 2 tokens \('h', 'i'\), wanted one"),
+        (["{model}", "hi", "--out", "{binary}"], 1, "out: cannot write .*binary: it is a file"),
+        (["{model}", "hi", "--out", "{tmp}/absent/folder"], 1, "out: cannot write .*folder: No such file"),
+        (["{model}", "hi", "--out", "{tmp}"], 1, "out: .* holds binary, no part of this run"),
+        (["{model}", "--jsonl", "{binary}", "--out", "{tmp}/run"], 1, "jsonl: .*binary, line 1: not UTF-8"),
+        (["{model}", "--jsonl", "{tmp}/absent", "--out", "{tmp}/run"], 1, "jsonl: cannot read .*absent: No such"),
         (["{model}", "hi", "--out", "{tmp}/absent/x.csv"], 1, "out: cannot write .*x.csv: No such file"),
         (["{model}", "hi", "--html", "{binary}/x.html"], 1, "html: cannot write .*x.html: Not a directory"),
         (["{model}", "hi", "--html", "{tmp}"], 1, "html: cannot write .*: it is a folder"),
-        (["{model}", "hi", "--out", "x.xlsx"], 2, "argument --out: got 'x.xlsx', wanted a name that ends in"),
+        (["{model}", "--jsonl", "{binary}", "--out", "x.csv"], 2, "--jsonl: wanted --out with a folder, got x.csv"),
+        (["{model}", "--jsonl", "{binary}"], 2, "--jsonl: wanted --out with a folder, got none"),
+        (["{model}", "hi", "--id-column", "id"], 2, "--text-column and --id-column are for --jsonl"),
+        (["{model}", "hi", "--out", "{tmp}/run", "--json"], 2, "--html and --json hold one text"),
+        (["{model}", "hi", "--out", "{tmp}/x.csv", "--html", "{tmp}/../{name}/x.csv"], 2, "--out and --html: both are"),
+        (["{model}", "hi", "--stats", "kl,mood"], 2, "argument --stats: got 'mood', wanted names out of log_prob"),
         (["{model}", "hi", "--layers", "3-1"], 2, "argument --layers: got '3-1'"),
         (["{model}", "hi", "--layers", "a"], 2, "argument --layers: got 'a'"),
         (["{model}", "hi", "--memory-budget", "12parsec"], 2, "argument --memory-budget: got '12parsec'"),
         (["{model}", "hi", "--top-k", "0"], 2, "argument --top-k: got '0'"),
         (["{model}", "hi", "--engine", "steam"], 2, "argument --engine: invalid choice"),
-        (["{model}"], 2, "wanted one of TEXT, - or --file"),
-        (["{model}", "hi", "--file", "{binary}"], 2, "wanted one of TEXT, - or --file"),
+        (["{model}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),
+        (["{model}", "hi", "--file", "{binary}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),
         (["{model}", "hi", "there"], 2, "unrecognized arguments: there"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(argv, code, problem, folder, tmp_path, capsys):
     binary = tmp_path / "binary"
     binary.write_bytes(b"caf\xe9")
-    names = {"model": folder, "tmp": str(tmp_path), "binary": str(binary)}
+    names = {"model": folder, "tmp": str(tmp_path), "name": tmp_path.name, "binary": str(binary)}
     argv = ["decode", *(re.sub(r"\{(\w+)\}", lambda match: names[match[1]], part) for part in argv)]
     try:
         found = cli.main(argv)

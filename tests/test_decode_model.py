@@ -203,7 +203,14 @@ def test_another_models_head(llama):
 def test_the_question_is_checked_before_the_model_runs(llama, lens):
     ran = []
     handle = llama.register_forward_hook(lambda *_: ran.append(True))
-    for bad in ({"top_k": VOCAB + 1}, {"stats": ["zzz"]}, {"watch": [VOCAB]}, {"targets": torch.zeros(2)}):
+    for bad in (
+        {"top_k": VOCAB + 1},
+        {"stats": ["zzz"]},
+        {"watch": [VOCAB]},
+        {"targets": torch.zeros(2)},
+        {"chunk": 0},
+        {"chunk": 2, "memory_budget": 1000},
+    ):
         with pytest.raises((ValueError, IndexError, TypeError)):
             tl.decode_model(llama, lens, ids_of(5), **bad)
     handle.remove()

@@ -9,15 +9,14 @@ LAYERS, D_MODEL, POSITIONS = 3, 32, 512
 MARKUP = ["</script>", "<b>", "&amp;", "[red]"]
 
 
-def save(folder):
-    """Write the model and the tokenizer to ``folder``; returns both."""
+def make():
+    """The model and the tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(MARKUP)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast),
@@ -28,6 +27,12 @@ def save(folder):
         max_position_embeddings=POSITIONS,
         initializer_range=0.5,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval(), fast
+
+
+def save(folder):
+    """Write both to ``folder``; returns them."""
+    model, tokenizer = make()
+    tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    return model, fast
+    return model, tokenizer

@@ -1,6 +1,7 @@
-"""The command line, ``tuned-lens-fast``: a text through every layer of a model, and what it is made of.
+"""The command line, ``tuned-lens-fast``: texts through every layer of a model, and what it is made of.
 
-It walks the whole way: loads a model and a lens, calls ``decode_model``, shows or writes the ``LensStats``.
+It walks the whole way: loads a model and a lens, calls ``decode_model`` and shows or writes the ``LensStats``, or
+``decode_documents``, which writes a folder.
 
 Exit codes: 0; 1 for an error in the work; 2 for one in how the command was used; 130 after Ctrl-C.
 """
@@ -23,29 +24,28 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO, cast
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 from torch import Tensor
 
 from tuned_lens_fast import progress
-from tuned_lens_fast.decode import DEFAULT_MEMORY_BUDGET, decode_model
+from tuned_lens_fast.artifacts import read_config
+from tuned_lens_fast.data.dataset import decode_documents
+from tuned_lens_fast.data.jsonl import Document, read_jsonl
+from tuned_lens_fast.data.parts import MANIFEST
+from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
+from tuned_lens_fast.engines.seam import STATISTICS
 from tuned_lens_fast.files import written_aside
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
+from tuned_lens_fast.meters import Meter, PeakMemory
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.nn import Lens, LogitLens, TunedLens, TunedLensConfig
+from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 from tuned_lens_fast.plotting import heatmap_page, print_table
+from tuned_lens_fast.question import DEFAULT_MEMORY_BUDGET
 from tuned_lens_fast.stats import LensStats
 
 #: What each kind of result file needs that the package itself does not.
@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _quiet_libraries(args.debug):
             args.run(args)
     except KeyboardInterrupt:
-        print("tuned-lens-fast: interrupted", file=sys.stderr)
+        resumes = args.run is _decode and _is_folder(args.out) and (args.out / MANIFEST).exists()
+        print(f"tuned-lens-fast: interrupted{'; the same command resumes' if resumes else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of the output has gone. Keep the interpreter's last flush from complaining too.
@@ -84,14 +85,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tuned-lens-fast", description="What a language model believes at every layer.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    decode = commands.add_parser("decode", help="read a text at every layer of a model")
+    decode = commands.add_parser("decode", help="read texts at every layer of a model")
     decode.set_defaults(run=_decode)
     decode.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
     decode.add_argument("text", metavar="TEXT", nargs="?", help="the text; - for standard input")
     decode.add_argument("--file", type=Path, help="read the text from this file")
+    decode.add_argument("--jsonl", type=Path, metavar="FILE", help="read many texts, an object a line; needs --out DIR")
+    decode.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
+    decode.add_argument("--id-column", metavar="NAME", help="what they are called (default: 0, 1, 2 and so on)")
     decode.add_argument("--lens", metavar="FOLDER_OR_ID", help="a tuned lens (default: the logit lens)")
     decode.add_argument("--top-k", type=_positive, default=5, metavar="K", help="likeliest tokens kept (default: 5)")
+    decode.add_argument(
+        "--stats",
+        type=_stats,
+        metavar="NAMES",
+        help=f"out of {', '.join(STATISTICS)} (default: log_prob,rank,entropy,max_prob,kl)",
+    )
+    decode.add_argument(
+        "--watch", action="append", metavar="TOKEN", help="its log-probability everywhere; may be given several times"
+    )
     decode.add_argument("--layers", type=_layers, help='such as "0,5,10-20" (default: all; the output is always there)')
+    decode.add_argument(
+        "--chunk", type=_positive, metavar="N", help="positions that run at once (default: what the budget allows)"
+    )
     decode.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
     decode.add_argument(
         "--memory-budget",
@@ -100,9 +116,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
     )
-    decode.add_argument("--out", type=_out, metavar="FILE", help=f"write all statistics: {', '.join(_OUT_NEEDS)}")
+    decode.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help=f"write all statistics: a file ({', '.join(_OUT_NEEDS)}), else a folder of Parquet that can be resumed",
+    )
     decode.add_argument("--html", type=Path, metavar="FILE", help="write a heatmap as one page that works offline")
     decode.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    decode.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     decode.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
 
     info = commands.add_parser("info", help="describe a model or a tuned lens, and the engines that work here")
@@ -130,8 +152,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         # Up to Python 3.12, argparse finds an optional positional only right behind the one before it.
         if args.text is None and rest and (rest[0] == "-" or not rest[0].startswith("-")):
             args.text = rest.pop(0)
-        if (args.text is None) == (args.file is None):
-            parser.error("decode: wanted one of TEXT, - or --file FILE")
+        if sum(source is not None for source in (args.text, args.file, args.jsonl)) != 1:
+            parser.error("decode: wanted one of TEXT, -, --file FILE or --jsonl FILE")
+        if args.jsonl is not None and not _is_folder(args.out):
+            parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
+        if args.jsonl is None and (args.text_column or args.id_column):
+            parser.error("--text-column and --id-column are for --jsonl")
+        if _is_folder(args.out) and (args.html or args.json):
+            parser.error("--html and --json hold one text in memory, --out with a folder none; run them on their own")
+        if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
+            parser.error(f"--out and --html: both are {args.out}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
@@ -163,70 +193,94 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _out(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in _OUT_NEEDS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a name that ends in {', '.join(_OUT_NEEDS)}")
-    return path
+def _stats(text: str) -> list[str]:
+    """ "log_prob,kl" as names."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STATISTICS:
+            raise argparse.ArgumentTypeError(f"got {name!r}, wanted names out of {', '.join(STATISTICS)}")
+    return names
+
+
+def _is_folder(out: Path | None) -> bool:
+    """Whether ``--out`` names a folder, not a file."""
+    return out is not None and out.suffix not in _OUT_NEEDS
 
 
 def _decode(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
-    text = _read_text(args)
+    if args.jsonl is None:
+        documents = [Document(None, None, _read_text(args))]
+    else:
+        documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
     _check_outputs(args)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        console=show,
-        transient=True,
-        disable=args.quiet or not show.is_terminal,
-    ) as bar:
-        task = bar.add_task("loading the model", total=None)
+    meter = Meter(show, disable=args.quiet)
+    stats = None
+    with meter.shown(), _plan_shown(show, args.verbose):
+        meter.say("loading the model")
         model = _load_model(args)
         tokenizer = _load_tokenizer(args)
         lens = _load_lens(model, args.lens)
-        input_ids = _tokenize(tokenizer, text, model).to(model.device)
-
-        layers = len(get_transformer_layers(model)[1]) if args.layers is None else len(args.layers)
-        bar.update(task, description="running the model")
-
-        def advance(rows: int) -> None:
-            bar.update(task, description="decoding", total=(layers + 1) * len(input_ids), advance=rows)
-
-        start, peak = time.perf_counter(), _PeakMemory(model.device)
-        with progress.listen(advance):
-            stats = decode_model(
-                model,
-                lens,
-                input_ids,
-                layers=args.layers,
-                top_k=args.top_k,
-                engine=args.engine,
-                memory_budget=args.memory_budget,
-            ).to("cpu")
+        meter.say("reading the text")
+        ids = _tokenize(tokenizer, documents, model, args.jsonl)
+        question: dict[str, Any] = {
+            "layers": args.layers,
+            "top_k": args.top_k,
+            "stats": args.stats,
+            "watch": args.watch and [_token_id(tokenizer, text) for text in args.watch],
+            "chunk": args.chunk,
+            "engine": args.engine,
+            "memory_budget": args.memory_budget,
+        }
+        layers = 1 + (len(get_transformer_layers(model)[1]) if args.layers is None else len(args.layers))
+        start, peak = time.perf_counter(), PeakMemory(model.device)
+        with meter.counting(layers):
+            if _is_folder(args.out):
+                names: Any = [document.id for document in documents] if args.id_column else None
+                decode_documents(model, lens, ids, out=args.out, ids=names, tokenizer=tokenizer, **question)
+            else:
+                progress.expect(layers * len(ids[0]))
+                stats = cast(LensStats, decode_model(model, lens, ids[0].to(model.device), **question)).to("cpu")
         seconds, extra = time.perf_counter() - start, peak.growth()
 
-        bar.update(task, description="writing", total=None)
-        input_ids = input_ids.cpu()
-        if args.out is not None:
-            _write_out(args.out, stats, tokenizer, input_ids)
-        if args.html is not None:
-            page = heatmap_page(stats, tokenizer, input_ids, title=_title(args))
+        meter.say("writing")
+        if stats is not None and args.out is not None:
+            _write_out(args.out, stats, tokenizer, ids[0])
+        if stats is not None and args.html is not None:
+            page = heatmap_page(stats, tokenizer, ids[0], title=_title(args))
             with written_aside(args.html) as aside:
                 aside.write_text(page, encoding="utf-8")
 
-    if args.json:
-        _print_json({**_as_json(args, stats, tokenizer, input_ids), "seconds": seconds, "peak_extra_bytes": extra})
-    elif not args.quiet:
-        print_table(Console(), stats, tokenizer, input_ids)
+    if stats is not None and args.json:
+        _print_json({**_as_json(args, stats, tokenizer, ids[0]), "seconds": seconds, "peak_extra_bytes": extra})
+    elif stats is not None and not args.quiet:
+        print_table(Console(), stats, tokenizer, ids[0])
     memory = "" if extra is None else f", at most {extra / 2**20:,.0f} MiB beyond the model"
-    show.print(f"{layers + 1} layers x {len(input_ids)} positions in {seconds:.1f} s{memory}", highlight=False)
+    count = f"{layers} layers x {meter.positions:,.0f} positions in {seconds:.1f} s"
+    show.print(f"{count}, {meter.positions / seconds:,.0f} positions/s{memory}", highlight=False, soft_wrap=True)
     for path in (args.out, args.html):
         if path is not None:
             show.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _plan_shown(show: Console, verbose: bool) -> Iterator[None]:
+    """Within the block, say how the memory budget is spent."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+
+    log, handler = logging.getLogger("tuned_lens_fast"), Shown()
+    before = log.level
+    if verbose:
+        log.setLevel(logging.INFO)
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
 
 
 def _read_text(args: argparse.Namespace) -> str:
@@ -250,20 +304,32 @@ def _read_text(args: argparse.Namespace) -> str:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before any work, what could not be written after it."""
-    needs = {args.out: ("out", "data", _OUT_NEEDS[args.out.suffix])} if args.out else {}
+    needs = {args.out: ("out", "data", _OUT_NEEDS.get(args.out.suffix, ("pyarrow",)))} if args.out else {}
     if args.html is not None:
         needs[args.html] = ("html", "html", ("plotly",))
     for path, (option, extra, packages) in needs.items():
         for package in packages:
             if importlib.util.find_spec(package) is None:
                 raise ModuleNotFoundError(f"{option}: needs {package}: pip install 'tuned-lens-fast[{extra}]'")
+        folder = option == "out" and _is_folder(path)
         try:
-            if path.is_dir():
+            if path.is_dir() and not folder:
                 raise IsADirectoryError(None, "it is a folder")
-            with tempfile.TemporaryFile(dir=path.parent):
+            if path.exists() and not path.is_dir() and folder:
+                raise NotADirectoryError(None, "it is a file, and no name of a folder or of a kind of file known here")
+            with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
                 pass
         except OSError as error:
             raise OSError(f"{option}: cannot write {path}: {error.strerror}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {name!r}: {error}") from error
+    return device
 
 
 def _load_model(args: argparse.Namespace) -> Any:
@@ -271,7 +337,7 @@ def _load_model(args: argparse.Namespace) -> Any:
 
     _check_folder(args.model)
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(args.device)
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
     hidden = redirect_stderr(io.StringIO()) if args.gguf_file and not args.debug else nullcontext()
     with _model_errors(args.model), hidden:
@@ -317,47 +383,32 @@ def _model_errors(name: str) -> Iterator[None]:
         raise ValueError(f"model: cannot load {name!r}: {error}") from error
 
 
-def _tokenize(tokenizer: Any, text: str, model: Any) -> Tensor:
-    """Token ids ``[positions]`` of ``text``, with the special tokens that the model expects."""
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+def _tokenize(tokenizer: Any, documents: Sequence[Document], model: Any, jsonl: Path | None) -> list[Tensor]:
+    """Token ids ``[positions]`` of every text, with the special tokens that the model expects."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not len(ids):
-        raise ValueError("text: it has no tokens, so there is nothing to decode")
-    if most is not None and len(ids) > most:
-        raise ValueError(f"text: it has {len(ids)} tokens, more than the {most} that the model can read")
-    return ids
+    found = []
+    for document, ids in zip(
+        documents, tokenizer([document.text for document in documents], verbose=False)["input_ids"], strict=True
+    ):
+        where = "text" if jsonl is None else f"jsonl: {jsonl}, line {document.line}"
+        if not len(ids):
+            raise ValueError(f"{where}: it has no tokens, so there is nothing to decode")
+        if most is not None and len(ids) > most:
+            raise ValueError(f"{where}: it has {len(ids)} tokens, more than the {most} that the model can read")
+        found.append(torch.tensor(ids))
+    return found
 
 
-class _PeakMemory:
-    """How much memory beyond that at the start was in use at most."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start: int | None = torch.cuda.memory_allocated(device)
-            return
-        try:
-            # Sets the resident peak back to what is resident now (man 5 proc).
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._resident_peak()
-        except OSError:
-            self.start = None
-
-    def growth(self) -> int | None:
-        """Bytes: allocated on a GPU, else resident; None where the system does not tell."""
-        if self.start is None:
-            return None
-        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._resident_peak()
-        return max(0, now - self.start)
-
-    @staticmethod
-    def _resident_peak() -> int:
-        status = Path("/proc/self/status").read_text()
-        match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-        if match is None:
-            raise OSError("/proc/self/status has no VmHWM")
-        return int(match[1]) * 1024
+def _token_id(tokenizer: Any, text: str) -> int:
+    """The token that ``text`` is, written as in a text or as in the vocabulary."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) == 1:
+        return ids[0]
+    known = tokenizer.get_vocab()
+    if text in known:
+        return known[text]
+    parts = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
+    raise ValueError(f"watch: {text!r} is {len(ids)} tokens ({parts}), wanted one")
 
 
 def _write_out(path: Path, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> None:
@@ -427,12 +478,18 @@ def _info(args: argparse.Namespace) -> None:
 def _is_lens(name: str) -> bool:
     """Whether ``name`` is the folder of a saved lens: a model's config names its type, a lens's does not."""
     config = Path(name) / "config.json"
-    return config.is_file() and "model_type" not in json.loads(config.read_text(encoding="utf-8"))
+    if not config.is_file():
+        return False
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} is no JSON: {error}") from error
+    return not (isinstance(values, dict) and "model_type" in values)
 
 
 def _lens_facts(name: str) -> dict[str, Any]:
     config_path, checkpoint = load_lens_artifacts(name)
-    config = TunedLensConfig.from_dict(json.loads(config_path.read_text(encoding="utf-8")))
+    config = read_config(config_path)
     return {
         "kind": "tuned lens",
         "model": config.base_model_name_or_path,

@@ -1,4 +1,4 @@
-"""Files are written aside and renamed, so that none is ever half there."""
+"""Files are written aside and renamed when they are whole and on the disk, so that none is ever half there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,29 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside ``path`` to write to, with its suffix, renamed to ``path`` when the block ends well."""
+    """A hidden name beside ``path`` to write to, renamed to ``path`` when the block ends well.
+
+    A killed process may leave the hidden file; it ends in neither ``path``'s suffix nor any other that readers of
+    a folder look for.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield aside
+        # Without this a loss of power may keep the new name and lose what it names.
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(aside, path)
+        _sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,16 +12,21 @@ from contextvars import ContextVar
 import torch
 
 _listener: ContextVar[Callable[[int], None] | None] = ContextVar("listener", default=None)
+_expecting: ContextVar[Callable[[int], None] | None] = ContextVar("expecting", default=None)
 
 
 @contextmanager
-def listen(callback: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, call ``callback(rows)`` for every ``rows`` (layers x positions) newly decoded."""
-    token = _listener.set(callback)
+def listen(callback: Callable[[int], None], expecting: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Within the block, call ``callback(rows)`` for every ``rows`` (layers x positions) newly decoded.
+
+    ``expecting(rows)`` is called for every ``rows`` that will be reported, where they are known in advance.
+    """
+    tokens = _listener.set(callback), _expecting.set(expecting)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listener.reset(tokens[0])
+        _expecting.reset(tokens[1])
 
 
 def report(rows: int) -> None:
@@ -29,5 +34,12 @@ def report(rows: int) -> None:
     if torch.compiler.is_compiling():
         return  # a compiled decode runs as one piece
     callback = _listener.get()
+    if callback is not None:
+        callback(rows)
+
+
+def expect(rows: int) -> None:
+    """For what calls engines many times: ``rows`` more rows will be reported."""
+    callback = _expecting.get()
     if callback is not None:
         callback(rows)

@@ -1,0 +1,330 @@
+"""The benchmarks themselves: wrong numbers are refused, nobody vanishes, and the document holds what was measured."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+import contenders  # noqa: E402
+import measure  # noqa: E402
+import presets  # noqa: E402
+import reference  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+from checking import expect, judge  # noqa: E402
+from contenders.adapter import Contender  # noqa: E402
+from suites import EVERY, FULL, SUITES  # noqa: E402
+
+from tuned_lens_fast.engines import ENGINES  # noqa: E402
+
+TINY = ["--preset", "tiny", "--device", "cpu", "--rounds", "3", "--seconds", "0.01"]
+QUICK = ["product", "product-tiles", "eager", "loop"]
+
+
+def problem(asked=EVERY, positions=6, dtype=torch.float32, seed=0, **shape):
+    shape = replace(presets.PRESETS["tiny"], **shape)
+    made = presets.random_problem(shape, positions, dtype, "cpu", presets.BUDGET, seed=seed)
+    return made.asking(*presets.question(asked))
+
+
+def right(made):
+    """The answer of an engine."""
+    return contenders.CONTENDERS["eager"].prepare(made)()
+
+
+def go(tmp_path, *arguments):
+    out = tmp_path / "result.json"
+    assert run.main([*TINY, *arguments, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("shape", [{}, {"norm": "layer"}, {"softcap": 30.0}, {"unit_offset": True, "vocab": 999}])
+def test_expected_values_are_those_of_the_independent_reference(shape):
+    made = problem(**shape)
+    expected = expect(made, sample=made.rows + 2)
+    assert len(expected.layer) == made.rows
+    z = reference.logits(reference.head_inputs(made.hidden, made.translators, made.norm).float(), made.head)
+    of_model = reference.logits(made.query.reference, made.head)
+    want = reference.statistics(z, targets=made.query.targets, reference=of_model)
+    for name, value in expected.values.items():
+        torch.testing.assert_close(value, want[name][expected.layer, expected.position], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["eager", "loop", "tuned-lens", "linear_cross_entropy"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_contenders_are_right(name, norm):
+    contender = contenders.CONTENDERS[name]
+    asked = FULL if contender.answers >= {"kl"} else "log_prob"
+    made = problem(asked, norm=norm)
+    why = contender.why_not(made)
+    if why is not None:
+        pytest.skip(why)
+    verdict = judge(contender.prepare(made)(), made, expect(made))
+    assert verdict.wrong is None
+    assert max(verdict.errors.values()) < 1
+
+
+def test_one_that_ignores_the_softcap_is_refused(tmp_path, monkeypatch):
+    contender = contenders.CONTENDERS["tuned-lens"]
+    made = problem(FULL, softcap=5.0)
+    if contender.why_not(made) is not None:
+        pytest.skip(contender.why_not(made))
+    assert "float64 says" in judge(contender.prepare(made)(), made, expect(made)).wrong
+
+
+PLANTED = {
+    "kl": lambda value: value * 1.01 + 0.01,
+    "log_prob": lambda value: value.masked_fill(value == value.max(), float("nan")),
+    "rank": lambda value: value + 1,
+    "entropy": lambda value: value.roll(1, 1),
+    "top_ids": lambda value: value.flip(-1),
+    "top_log_probs": lambda value: value[..., :1].expand_as(value),
+    "lse": None,
+    "js": lambda value: value[:, :-1],
+    "tv": lambda value: value * 2,
+    "max_prob": None,
+}
+
+
+@pytest.mark.parametrize("name", [name for name, spoil in PLANTED.items() if spoil])
+def test_wrong_numbers_are_noticed(name):
+    made = problem()
+    answer, expected = right(made), expect(made, sample=made.rows + 2)
+    assert judge(answer, made, expected).wrong is None
+    assert judge(answer | {name: PLANTED[name](answer[name])}, made, expected).wrong.startswith(name)
+
+
+def test_missing_numbers_and_repeated_ids_are_noticed():
+    made = problem()
+    answer, expected = right(made), expect(made)
+    assert "nothing" in judge({k: v for k, v in answer.items() if k != "kl"}, made, expected).wrong
+    twice = answer["top_ids"].clone()
+    twice[..., 1] = twice[..., 0]
+    assert "twice" in judge(answer | {"top_ids": twice}, made, expected).wrong
+    assert "outside" in judge(answer | {"top_ids": answer["top_ids"] - 1000}, made, expected).wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_rounded_to_16_bits_are_tolerated_and_no_more(dtype):
+    made = problem(FULL, dtype=dtype)
+    answer, expected = contenders.CONTENDERS["loop"].prepare(made)(), expect(made)
+    assert judge(answer, made, expected).wrong is None
+    assert judge(answer | {"kl": answer["kl"] + 1}, made, expected).wrong.startswith("kl")
+
+
+def planted(monkeypatch, **changes):
+    """A contender "planted" that does what the eager engine does, but for ``changes``."""
+    eager = contenders.CONTENDERS["eager"]
+    made = Contender(**{**vars(eager), "name": "planted", "ours": False, **changes})
+    monkeypatch.setitem(contenders.CONTENDERS, "planted", made)
+
+
+def test_a_contender_with_wrong_numbers_is_refused_and_not_timed(tmp_path, monkeypatch):
+    calls = []
+
+    def prepare(made):
+        def wrong():
+            calls.append(1)
+            return right(made) | {"kl": right(made)["kl"] * 1.02 + 0.02}
+
+        return wrong
+
+    planted(monkeypatch, prepare=prepare)
+    result = go(tmp_path, "--positions", "5", "--contenders", *QUICK, "planted")
+    found = result["cases"][0]["contenders"]
+    assert found["planted"]["status"] == "refused"
+    assert "kl" in found["planted"]["why"]
+    assert "seconds" not in found["planted"]
+    assert len(calls) == 1
+    assert found["eager"]["status"] == "ok"
+
+
+def test_one_that_breaks_or_cannot_run_says_why(tmp_path, monkeypatch, capsys):
+    def prepare(made):
+        raise RuntimeError("no such kernel\nand more")
+
+    planted(monkeypatch, prepare=prepare)
+    result = go(tmp_path, "--positions", "3", "--contenders", "product", "planted", "liger-kernel", "scratch")
+    found = result["cases"][0]["contenders"]
+    assert found["planted"] == {"status": "failed", "why": "RuntimeError: no such kernel"}
+    assert found["liger-kernel"]["status"] == "not here"
+    assert "log_prob only" in found["scratch"]["why"]
+    assert "no such kernel" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("off", "said"), [(3e-4, "times as far off as is allowed"), (1.0, "refused: wrong numbers: kl")]
+)
+def test_our_own_are_held_to_their_promise(monkeypatch, capsys, off, said):
+    def prepare(made):
+        def decode():
+            answer = right(made)
+            return answer | {"kl": answer["kl"] + off}
+
+        return decode
+
+    planted(monkeypatch, prepare=prepare, ours=True)
+    arguments = ["--positions", "2", "--statistics", "kl", "--contenders", "product", "planted"]
+    assert run.main([*TINY, *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_results_and_the_document_made_of_them(tmp_path, capsys):
+    suite = tmp_path / "results" / "cpu"
+    suite.mkdir(parents=True)
+    result = go(tmp_path, "--positions", "4", "8", "32", "--contenders", *QUICK, "liger-kernel")
+    assert [case["positions"] for case in result["cases"]] == [4, 8, 32]
+    for case in result["cases"]:
+        entry = case["contenders"]["eager"]
+        assert entry["seconds"]["q1"] <= entry["seconds"]["median"] <= entry["seconds"]["q3"]
+        assert entry["rows_per_second"] == pytest.approx(3 * case["positions"] / entry["seconds"]["median"])
+        assert entry["over_product"]["median"] > 0
+        assert entry["errors_over_allowed"].keys() == {"log_prob", "entropy", "kl", "top_log_probs"}
+        assert case["contenders"][case["floor"]]["over_product"]["median"] == 1
+    assert {(e["axis"], e["contender"]) for e in result["exponents"]} == {("positions", name) for name in QUICK}
+    assert "--out" not in result["command"]
+    (suite / "tiny.json").write_text(json.dumps(result))
+    again = suite.with_name("cpu-again")
+    again.mkdir()
+    (again / "tiny.json").write_text(json.dumps(result))
+    recorded = BENCH / "results" / "h100-2026-11-23.json"
+    (suite.parent / recorded.name).write_text(recorded.read_text())
+
+    pytest.importorskip("matplotlib", reason="pictures need it: pip install '.[bench]'")
+    page = report.document(suite.parent, tmp_path)
+    assert result["command"] in page
+    assert "not here: computes log_prob only" in page
+    assert result["environment"]["cpu"]["name"] in page
+    assert "They differ by 0.0% in the median" in page
+    assert "53.47 (1.12)" in page
+    assert json.loads(recorded.read_text())["note"] in page
+    pictures = sorted(tmp_path.glob("cpu-tiny*.svg"))
+    assert pictures
+    before = [picture.read_bytes() for picture in pictures]
+    assert report.document(suite.parent, tmp_path) == page
+    assert [picture.read_bytes() for picture in pictures] == before
+
+
+def test_compare(tmp_path, capsys):
+    result = go(tmp_path, "--positions", "4", "--contenders", *QUICK)
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    one.write_text(json.dumps(result))
+    case = result["cases"][0]
+    ratio = case["contenders"]["loop"]["over_product"]
+    ratio["median"] *= 1.08
+    two.write_text(json.dumps(result))
+    assert run.main(["--compare", str(one), str(two)]) == 0
+    ratio["median"] *= 1.08
+    two.write_text(json.dumps(result))
+    assert run.main(["--compare", str(one), str(two)]) == 1
+    assert "16.6%" in capsys.readouterr().out
+
+
+def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def fake(command, **_):
+        ran.append(command[1].name)
+        command[-1].write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(run.subprocess, "run", fake)
+    (tmp_path / "tiny.json").write_text("{}")
+    assert run.main(["--suite", "smoke", "--out", str(tmp_path)]) == 0
+    assert ran == ["profile_decode.py"]
+    assert run.main(["--suite", "smoke", "--out", str(tmp_path), "--part", "tiny", "--again"]) == 0
+    assert ran == ["profile_decode.py", "run.py"]
+
+
+def test_every_suite_can_be_parsed():
+    for parts in SUITES.values():
+        for line in parts.values():
+            script, *arguments = line.split()
+            if script == "run.py":
+                known = set(contenders.CONTENDERS) | {"native"}
+                assert set(run.parse(arguments).contenders) <= known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--statistics", "perplexity"], "perplexity"),
+        (["--part", "tiny"], "--suite"),
+        (["--preset", "gpt5"], "gpt5"),
+    ],
+)
+def test_wrong_arguments(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        run.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_real_weights_only_where_there_are_some():
+    with pytest.raises(ValueError, match="smollm2-135m"):
+        presets.real_model("gpt2", torch.float32, "cpu")
+
+
+def test_the_interleaving():
+    turns = []
+    calls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    found = measure.interleaved(calls, {"a": 4, "b": 2, "c": 1}, "cpu")
+    assert [turns.count(name) for name in "abc"] == [4, 2, 1]
+    assert {name: sum(s is not None for s in some) for name, some in found.items()} == {"a": 4, "b": 2, "c": 1}
+    assert {len(some) for some in found.values()} == {4}
+
+
+def test_memory_is_that_of_the_call():
+    def call():
+        held = torch.ones(64, 2**20)
+        return held.sum(0)
+
+    for _ in range(2):  # what the allocator kept of the first call does not hide the second's growth
+        growth, answer = measure.peak_growth(call, "cpu")
+        if growth is None:
+            pytest.skip("the resident peak can be reset on Linux only")
+        assert 256 * 2**20 <= growth < 320 * 2**20
+        assert answer.shape == (2**20,)
+
+
+def test_exponent():
+    assert measure.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_profile_counts_and_measures(tmp_path, monkeypatch):
+    import profile_decode
+
+    monkeypatch.setattr(profile_decode, "ENGINES", {"eager": ENGINES["eager"]})
+    out = tmp_path / "profile.json"
+    assert profile_decode.main(["--preset", "tiny", "--positions", "8", "--rounds", "3", "--device", "cpu",
+                                "--ceiling-mib", "1", "--out", str(out)]) == 0  # fmt: skip
+    result = json.loads(out.read_text())
+    parts = result["engines"]["eager"]["parts"]
+    assert set(parts) == set(result["work"])
+    assert result["work"]["product"]["operations"] == 2 * 3 * 8 * 48 * 1000
+    assert result["ceilings"]["operations_per_second"] > 0
+
+
+def test_the_benchmarks_run():
+    """Not how fast: pytest-benchmark calls each once."""
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--benchmark-disable", "-k", "eager and lse"]
+    ran = subprocess.run(
+        [*command, "-p", "no:cacheprovider"], cwd=BENCH.parent, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "1 passed" in ran.stdout, ran.stdout
+
+
+def test_the_document_is_the_one_made_of_the_results(tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need it: pip install '.[bench]'")
+    there = BENCH.parent / "docs" / "performance.md"
+    pictures = tmp_path / "performance"
+    pictures.mkdir()
+    assert there.read_text() == report.document(BENCH / "results", pictures), "run: python bench/report.py"
+    assert {path.name for path in there.with_suffix("").glob("*.svg")} == {path.name for path in pictures.iterdir()}

@@ -1,0 +1,4 @@
+"""Statistics that are too many to keep: documents in, a Parquet data set out, whole whatever happens in between.
+
+This is the far end of the way from hidden state to statistics.
+"""

@@ -1,0 +1,333 @@
+"""Decodes straight to disk: one prompt or many documents into a folder, a Parquet data set that can be resumed.
+
+It stands at the end of the way from hidden state to statistics: ``streaming`` yields the statistics of one chunk of
+positions after another, each becomes a part of the folder (``parts``) and is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+import tuned_lens_fast
+from tuned_lens_fast import memory, progress
+from tuned_lens_fast.data import fingerprint
+from tuned_lens_fast.data.parts import Batch, run_folder
+from tuned_lens_fast.engines.chunks import even, slices
+from tuned_lens_fast.models.chunked_pass import frequencies_change_at
+from tuned_lens_fast.question import check_ids, check_model, kind
+from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tuned_lens_fast.nn import Lens
+
+_log = logging.getLogger(__name__)
+#: Of the documents with these numbers: ids ``[batch, positions]``, their mask, and targets.
+_Inputs = Callable[[Sequence[int]], tuple[Tensor, Tensor | None, Tensor | Literal["next"] | None]]
+
+
+def decode_documents(
+    model: Any,
+    lens: Lens,
+    documents: Iterable[Tensor | Sequence[int]],
+    *,
+    out: str | os.PathLike[str],
+    ids: Sequence[str] | Sequence[int] | None = None,
+    tokenizer: Any = None,
+    layers: Iterable[int] | None = None,
+    targets: Literal["next"] | None = "next",
+    top_k: int = 0,
+    watch: Tensor | Sequence[int] | None = None,
+    stats: Collection[str] | None = None,
+    chunk: int | None = None,
+    engine: str = "auto",
+    memory_budget: int | None = None,
+) -> Path:
+    """Decode many documents into the folder ``out``, a Parquet data set with a row for every layer and position.
+
+    Documents of like length run together, padded on the right and never cut; one that does not fit the memory budget
+    runs alone, in chunks. Each part of the folder is whole or not there, and the same call resumes what an interrupt, a
+    full disk or a kill left: finished parts are kept, and the rows end up as those of an undisturbed run.
+
+    Args:
+        model, lens, layers, top_k, watch, stats, engine, memory_budget: as for :func:`decode_model`. A resumed run
+            keeps the batches and chunks that its first start planned, whatever the budget.
+        documents: token ids of each, one dimension, not empty.
+        out: the folder, made if it is not there; else one of the same run, or an empty one.
+        ids: a name for each document, all str or all int; 0, 1, 2, … if None.
+        tokenizer: anything with ``convert_ids_to_tokens``; for the column ``token``.
+        targets: "next" for the following token, or None.
+        chunk: positions that run at once, of one document or of several; as many as the budget allows if None.
+
+    Returns:
+        The folder. Its columns: ``document``, ``layer`` (the last is the model's own output), ``position`` (in its
+        document), ``token_id``, ``token``, ``target``, the statistics by name in nats, and lists ``top_ids``,
+        ``top_log_probs``, ``watch_log_probs``. ``target``, ``log_prob`` and ``rank`` are null where there is no target.
+
+    Raises:
+        ValueError, IndexError, TypeError: as :func:`decode_model`; also a folder that holds another run (of another
+            model, lens, text or question) or anything else, or whose manifest is damaged.
+        BlockingIOError: another process is writing there.
+        OSError: the folder cannot be written. What is there stays whole; the same call resumes.
+        ImportError: pyarrow is not installed.
+    """
+    if targets not in ("next", None):
+        raise ValueError(f"targets: got {targets!r}, wanted 'next' or None")
+    model = check_model(model)
+    held = _check_documents(model, documents)
+    names = _check_names(ids, len(held))
+    lengths = [len(tokens) for tokens in held]
+
+    def inputs(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None, Literal["next"] | None]:
+        input_ids = torch.nn.utils.rnn.pad_sequence([held[i] for i in numbers], batch_first=True)
+        ends = torch.tensor([lengths[i] for i in numbers])
+        real = torch.arange(input_ids.shape[1]) < ends[:, None]
+        mask = None if real.all() else real.to(model.device, torch.int64)
+        return input_ids.to(model.device, torch.int64), mask, targets
+
+    longest, _, _ = inputs([max(range(len(held)), key=lengths.__getitem__)])
+    prepared = prepare(
+        model,
+        lens,
+        longest,
+        layers=layers,
+        targets=targets,
+        top_k=top_k,
+        watch=watch,
+        stats=stats,
+        chunk=chunk,
+        engine=engine,
+        memory_budget=memory_budget,
+    )
+
+    def plan() -> list[tuple[list[int], list[int]]]:
+        most = chunk or _positions_at_once(prepared, sum(lengths))
+        return [
+            (batch, [part.stop for part in slices(lengths[batch[0]], even(lengths[batch[0]], most))])
+            for batch in pack(lengths, most, apart=frequencies_change_at(prepared.model))
+        ]
+
+    text = {"text": fingerprint.of_tensors(held), "targets": targets, "tokenizer": None}
+    if tokenizer is not None:
+        used = torch.cat(held).unique().tolist()
+        text["tokenizer"] = fingerprint.of_text(tokenizer.convert_ids_to_tokens(used))
+    return _decode(out, prepared, text, names, inputs, plan, tokenizer)
+
+
+def decode_to(
+    out: str | os.PathLike[str],
+    model: Any,
+    lens: Lens,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    targets: Tensor | Literal["next"] | None = "next",
+    chunk: int | None = None,
+    **question: Any,
+) -> Path:
+    """:func:`decode_model` of a prompt ``[positions]`` or ``[batch, positions]`` into the folder ``out``.
+
+    The rows of the batch are the documents 0, 1, …, and their positions are counted without padding. Folder, columns
+    and errors: see :func:`decode_documents`; arguments: see :func:`decode_model`.
+    """
+    prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, chunk=chunk, **question)
+    ids, mask, wanted = prepared.input_ids, prepared.attention_mask, prepared.targets
+    wide = [None if values is None else values.to(torch.int64) for values in (ids, mask)]
+    text = {"text": fingerprint.of_tensors(wide), "targets": fingerprint.of_tensors([wanted]), "tokenizer": None}
+    return _decode(
+        out,
+        prepared,
+        text,
+        _check_names(None, len(ids)),
+        lambda _: (ids, mask, wanted),
+        lambda: [([*range(len(ids))], [*prepared.boundaries])],
+        None,
+    )
+
+
+def pack(lengths: Sequence[int], most: int, apart: int | None = None) -> list[list[int]]:
+    """Documents of ``lengths`` as batches, longest first: the numbers of those that run together.
+
+    Padded to its longest, a batch has at most ``most`` positions, unless it is one document; and no document in it is
+    shorter than three quarters of the longest, so that little of what runs is padding. Those longer than ``apart`` keep
+    to themselves: some models read all of a batch otherwise once one row is as long.
+    """
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if batches:
+            longest = lengths[batches[-1][0]]
+            alike = apart is None or (lengths[number] > apart) == (longest > apart)
+            if alike and (len(batches[-1]) + 1) * longest <= most and 4 * lengths[number] >= 3 * longest:
+                batches[-1].append(number)
+                continue
+        batches.append([number])
+    return batches
+
+
+def _decode(
+    out: str | os.PathLike[str],
+    prepared: Prepared,
+    text: dict[str, Any],
+    names: pa.Array,
+    inputs: _Inputs,
+    plan: Callable[[], list[tuple[list[int], list[int]]]],
+    tokenizer: Any,
+) -> Path:
+    """Plan a run or find the one that is there, and write the parts that it lacks."""
+    model, lens, query = prepared.model, prepared.lens, prepared.query
+    layers = len(prepared.numbers) + 1
+    identity = {
+        "model": fingerprint.of_model(model),
+        "lens": fingerprint.of_lens(lens),
+        **text,
+        "ids": fingerprint.of_text(names.to_pylist()),
+        "layers": [*prepared.numbers],
+        "stats": sorted(query.stats),
+        "top_k": query.top_k,
+        "watch": None if query.watch is None else query.watch.tolist(),
+        "engine": prepared.engine.name,
+    }
+    called = {
+        "model": model.config.name_or_path or type(model).__name__,
+        "lens": type(lens).__name__,
+    }
+    made_with = {
+        "tuned_lens_fast": tuned_lens_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+    }
+
+    def batches() -> list[Batch]:
+        found = []
+        for numbers, ends in plan():
+            parts = _real(*inputs(numbers)[:2]).split(_sizes(ends), 1)
+            found.append(Batch(numbers, ends, [layers * int(part.sum()) for part in parts]))
+        return found
+
+    _log.info("%s", prepared.plan)
+    # Parts are written while the next chunk runs: on a GPU that takes as long.
+    with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
+        missing = folder.unfinished()
+        todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
+        progress.expect(
+            layers
+            * sum(
+                len(batch.documents) * _sizes(batch.boundaries)[chunk] for _, batch, chunks in todo for chunk in chunks
+            )
+        )
+        written: Future[None] | None = None
+        for number, batch, chunks in todo:
+            if not chunks:
+                continue
+            ids, mask, targets = inputs(batch.documents)
+            prepared = prepare(
+                model,
+                lens,
+                ids,
+                mask,
+                layers=prepared.numbers,
+                targets=targets,
+                top_k=query.top_k,
+                watch=query.watch,
+                stats=query.stats,
+                boundaries=batch.boundaries,
+                engine=prepared.engine.name,
+                memory_budget=prepared.plan.budget,
+            )
+            ids, real = ids.cpu(), _real(ids, mask)
+            positions = real.cumsum(1) - 1
+            documents = names.take(batch.documents)
+            for chunk, at, stats in prepared.run(chunks.__contains__):
+                if written is not None:
+                    written.result()
+                columns = stats.to("cpu"), documents, positions[:, at], ids[:, at], real[:, at], tokenizer
+                written = writer.submit(folder.write, number, chunk, *columns)
+                del stats, columns
+        if written is not None:
+            written.result()
+    return folder.path
+
+
+def _positions_at_once(prepared: Prepared, positions: int) -> int:
+    """How many of ``positions`` fit the memory budget, whether of one document or of several."""
+    lens = prepared.lens
+    return memory.plan(
+        1,
+        positions,
+        engine=prepared.engine,
+        hidden=hidden_dtype(prepared.model),
+        translators=[lens.translator(number) for number in prepared.numbers],
+        norm=lens.unembed.norm,
+        head=lens.unembed.head,
+        query=prepared.query,
+        memory_budget=prepared.plan.budget,
+    ).chunk
+
+
+def _real(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """bool ``[batch, positions]`` on the CPU, False for padding."""
+    if attention_mask is None:
+        return torch.ones(input_ids.shape, dtype=torch.bool)
+    return attention_mask.bool().cpu()
+
+
+def _sizes(boundaries: Sequence[int]) -> list[int]:
+    """Positions of each chunk."""
+    return [end - start for start, end in zip((0, *boundaries), boundaries, strict=False)]
+
+
+def _check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
+    """Token ids of every document, int32 on the CPU."""
+    if not isinstance(documents, Iterable):
+        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
+    vocab = model.get_input_embeddings().weight.shape[0]
+    held = []
+    for number, document in enumerate(documents):
+        try:
+            tokens = torch.as_tensor(document)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError(
+                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
+            )
+        check_ids(f"documents: document {number}", tokens, vocab)
+        held.append(tokens.to("cpu", torch.int32))
+    if not held:
+        raise ValueError("documents: got none")
+    return held
+
+
+def _check_names(ids: Sequence[str] | Sequence[int] | None, documents: int) -> pa.Array:
+    """What the documents are called, int64 or string."""
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise ImportError("out: a data set needs pyarrow: pip install 'tuned-lens-fast[data]'") from error
+    if ids is None:
+        return pa.array(range(documents), pa.int64())
+    held = list(ids)
+    kinds = {type(name) for name in held}
+    if kinds not in ({str}, {int}):
+        raise TypeError(f"ids: got {', '.join(sorted(k.__name__ for k in kinds)) or 'none'}, wanted all str or all int")
+    if len(held) != documents:
+        raise ValueError(f"ids: got {len(held)} for {documents} documents")
+    if len(set(held)) != documents:
+        raise ValueError("ids: some are there more than once, wanted one for each document")
+    try:
+        return pa.array(held, pa.string() if kinds == {str} else pa.int64())
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise ValueError(f"ids: {error}; wanted text, or whole numbers of 64 bits") from error

@@ -1,0 +1,116 @@
+"""What the command line shows of a decode at work: how far it is, how fast, and the memory it takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from tuned_lens_fast import progress
+
+
+class Meter:
+    """A progress bar on the terminal, if there is one, that counts positions."""
+
+    def __init__(self, console: Console, disable: bool) -> None:
+        self.positions = 0.0  #: decoded so far, at every layer
+        self._total = 0.0
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            _Throughput(),
+            TimeElapsedColumn(),
+            _TimeLeft(),
+            console=console,
+            transient=True,
+            disable=disable or not console.is_terminal,
+            # Chunks of a large model are far apart.
+            speed_estimate_period=300,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar is on the terminal within the block."""
+        with self._bar:
+            yield
+
+    def say(self, what: str) -> None:
+        """What is done now, of unknown length."""
+        self._bar.update(self._task, description=what, total=None)
+
+    @contextmanager
+    def counting(self, layers: int) -> Iterator[None]:
+        """Within the block, count what engines report of ``layers`` layers."""
+
+        def expecting(rows: int) -> None:
+            self._total += rows / layers
+            self._bar.update(self._task, total=self._total)
+
+        def advance(rows: int) -> None:
+            self.positions += rows / layers
+            self._bar.update(self._task, description="decoding", completed=self.positions)
+
+        self._bar.reset(self._task, description="running the model", total=None)
+        with progress.listen(advance, expecting):
+            yield
+
+
+class _Throughput(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if not task.speed else f"{task.speed:,.0f} positions/s")
+
+
+class _TimeLeft(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task) + Text(" left")
+
+
+class PeakMemory:
+    """How much memory beyond that at the start was in use at most."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start: int | None = torch.cuda.memory_allocated(device)
+            return
+        try:
+            # Sets the resident peak back to what is resident now (man 5 proc).
+            Path("/proc/self/clear_refs").write_text("5")
+            self.start = self._resident_peak()
+        except OSError:
+            self.start = None
+
+    def growth(self) -> int | None:
+        """Bytes: allocated on a GPU, else resident; None where the system does not tell."""
+        if self.start is None:
+            return None
+        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._resident_peak()
+        return max(0, now - self.start)
+
+    @staticmethod
+    def _resident_peak() -> int:
+        status = Path("/proc/self/status").read_text()
+        match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+        if match is None:
+            raise OSError("/proc/self/status has no VmHWM")
+        return int(match[1]) * 1024

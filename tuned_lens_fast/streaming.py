@@ -1,0 +1,322 @@
+"""Runs a prompt through a model in chunks and decodes each before the next: every layer, in bounded memory.
+
+From token ids to statistics: :func:`prepare` checks the question, plans the memory and finds out whether the model can
+continue from its cache; then each chunk's hidden states are recorded, handed to an engine and dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tuned_lens_fast import memory
+from tuned_lens_fast.engines import choose
+from tuned_lens_fast.engines.chunks import empty_answer, slices
+from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, Engine, Head, Norm, Query
+from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue
+from tuned_lens_fast.question import (
+    check_boundaries,
+    check_budget,
+    check_chunk,
+    check_input_ids,
+    check_layer_numbers,
+    check_model,
+    check_query,
+    kind,
+)
+from tuned_lens_fast.stats import LensStats
+
+if TYPE_CHECKING:
+    from tuned_lens_fast.nn import Lens
+
+
+def stream(
+    model: Any,
+    lens: Lens,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    boundaries: Sequence[int],
+    wanted: Callable[[int], bool] = lambda number: True,
+    layers: Iterable[int] | None = None,
+    targets: Tensor | Literal["next"] | None = "next",
+    top_k: int = 0,
+    watch: Tensor | Sequence[int] | None = None,
+    stats: Collection[str] | None = None,
+    engine: str = "auto",
+    memory_budget: int | None = None,
+) -> Iterator[tuple[int, slice, LensStats]]:
+    """:meth:`Prepared.run` of chunks that end at ``boundaries``, the last at the prompt's end.
+
+    Everything is checked here, before the first chunk is asked for. Arguments and errors: see :func:`prepare`.
+    """
+    prepared = prepare(
+        model, lens, input_ids, attention_mask, boundaries=boundaries, layers=layers, targets=targets, top_k=top_k,
+        watch=watch, stats=stats, engine=engine, memory_budget=memory_budget,
+    )  # fmt: skip
+    return prepared.run(wanted)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt, and the question what every layer reads in it: all checked and planned, nothing run."""
+
+    plan: memory.MemoryPlan
+    boundaries: tuple[int, ...]  #: where the chunks of positions end
+    recomputes: str | None  #: why every chunk runs the whole prompt anew; None where it continues from a cache
+    model: Any
+    lens: Lens
+    input_ids: Tensor  #: [batch, positions]
+    attention_mask: Tensor | None  #: [batch, positions]
+    numbers: tuple[int, ...]  #: the layers of the lens
+    targets: Tensor | None  #: int64 [batch, positions] on the lens's device
+    query: Query  #: for the whole prompt; targets and reference are put in for each chunk
+    engine: Engine
+
+    def run(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, slice, LensStats]]:
+        """Decode the chunks whose number is ``wanted``, counted from 0, in order.
+
+        A chunk that is not wanted only runs through the model, for its cache. After the last wanted one it stops.
+        Between two chunks the model is as it was, and hidden states are gone.
+
+        Yields:
+            The chunk's number, its positions, and its statistics ``[L + 1, batch, positions of the chunk]``; the last
+            layer is the model's own output.
+        """
+        ends = self.boundaries
+        chunks = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
+        wanted_numbers = [number for number in range(len(chunks)) if wanted(number)]
+        batch = [*slices(self.plan.batch, self.plan.rows)]
+        passes = [
+            ChunkedPass(
+                self.model,
+                self.numbers,
+                self.input_ids[rows],
+                None if self.attention_mask is None else self.attention_mask[rows],
+                cached=len(chunks) > 1 and self.recomputes is None,
+            )
+            for rows in batch
+        ]
+        for number, positions in enumerate(chunks[: wanted_numbers[-1] + 1] if wanted_numbers else ()):
+            if number in wanted_numbers:
+                yield number, positions, self._decode(batch, passes, positions)
+            elif self.recomputes is None:
+                for part in passes:
+                    part.skip(positions)
+
+    def collect(self) -> LensStats:
+        """The statistics of the whole prompt, ``[L + 1, batch, positions]``."""
+        if len(self.boundaries) == 1:
+            return next(self.run())[2]
+        found = self._room(self.plan.positions)
+        for _, positions, part in self.run():
+            for name, value in part.items():
+                if name in found:
+                    found[name][:, :, positions] = value
+            del part, value  # before the next chunk's take their place
+        return self._shaped(found, slice(None))
+
+    @torch.no_grad()
+    def _decode(self, batch: Sequence[slice], passes: Sequence[ChunkedPass], positions: slice) -> LensStats:
+        """The statistics of one chunk: each group of rows through the model and the engine, then the next."""
+        head, norm = self.lens.unembed.head, self.lens.unembed.norm
+        translators = [self.lens.translator(number) for number in self.numbers]
+        layers, width = len(translators), positions.stop - positions.start
+        found = self._room(width)
+        for rows, part in zip(batch, passes, strict=True):
+            entering, at_head = part(positions)
+            hidden = _rows(entering, head, norm.hidden_width(head))
+            (last,) = _rows([at_head], head, head.weight.shape[1])
+            del entering, at_head
+            query = replace(
+                self.query,
+                targets=None if self.targets is None else self.targets[rows, positions].reshape(-1),
+                reference=last if self.query.divergences else None,
+            )
+            itself = replace(query, stats=query.stats - DIVERGENCES, reference=None)
+            read = self.engine.decode(hidden, translators, norm, head, query, self.plan.scratch) if layers else {}
+            own = self.engine.decode([last], [None], Norm("identity"), head, itself, self.plan.scratch)
+            for layer, answer in ((slice(layers), read), (slice(layers, None), own)):
+                for name, value in answer.items():
+                    found[name][layer, rows] = value.unflatten(1, (-1, width))
+            del hidden, last, query
+        for name in self.query.divergences:
+            found[name][-1] = found["lse"][-1] - found["lse"][-1]  # 0, or NaN where the model's own output is
+        return self._shaped(found, positions)
+
+    def _room(self, positions: int) -> dict[str, Tensor]:
+        """For statistics of so many positions, uninitialised."""
+        found = empty_answer(
+            len(self.numbers) + 1, self.plan.batch * positions, self.query, self.lens.unembed.head.weight.device
+        )
+        return {name: value.unflatten(1, (self.plan.batch, positions)) for name, value in found.items()}
+
+    def _shaped(self, found: dict[str, Tensor], positions: slice) -> LensStats:
+        blocks = len(get_transformer_layers(self.model)[1])
+        return LensStats(
+            **found,
+            layers=torch.tensor([*self.numbers, blocks], dtype=torch.int64),
+            targets=None if self.targets is None else self.targets[:, positions],
+        )
+
+
+def prepare(
+    model: Any,
+    lens: Lens,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    targets: Tensor | Literal["next"] | None = "next",
+    top_k: int = 0,
+    watch: Tensor | Sequence[int] | None = None,
+    stats: Collection[str] | None = None,
+    chunk: int | None = None,
+    boundaries: Sequence[int] | None = None,
+    engine: str = "auto",
+    memory_budget: int | None = None,
+) -> Prepared:
+    """Check a question about a prompt ``[positions]`` or ``[batch, positions]`` and plan how to answer it.
+
+    The prompt is not run. Where it takes several chunks, the model runs a few of its tokens, whole and in chunks:
+    one that has no cache, or cannot continue from it, will run the whole prompt for every chunk; a warning says so.
+
+    Args:
+        model, lens, layers, targets, top_k, watch, stats, engine: see
+            :func:`~tuned_lens_fast.decode.decode_model`.
+        chunk: positions of a chunk; as many as the budget allows if None.
+        boundaries: where chunks end, in place of ``chunk``: increasing, the last at the prompt's end.
+        memory_budget: bytes of hidden states, statistics of a chunk and scratch; 256 MiB if None.
+
+    Raises:
+        ValueError, IndexError, TypeError: as :func:`~tuned_lens_fast.decode.decode_model`.
+    """
+    model = check_model(model)
+    if not hasattr(lens, "translator"):
+        raise TypeError(f"lens: got {kind(lens)}, wanted a LogitLens or TunedLens")
+    check_input_ids(model, input_ids, attention_mask)
+    blocks = get_transformer_layers(model)[1]
+    _check_lens(model, lens, len(blocks))
+    head = lens.unembed.head
+    numbers = [*range(len(blocks))] if layers is None else check_layer_numbers(layers, len(blocks))
+    if isinstance(targets, str):
+        if targets != "next":
+            raise ValueError(f"targets: got {targets!r}, wanted 'next', ids or None")
+        targets = _next_tokens(input_ids, attention_mask)
+    chosen = choose(engine, head.weight.device, head.weight.dtype)
+    # What the lens will be compared with is not known yet.
+    unknown = head.weight.new_empty(()).expand(*input_ids.shape, head.weight.shape[1])
+    query = replace(check_query(head, input_ids.shape, targets, unknown, top_k, watch, stats), reference=None)
+    input_ids = torch.atleast_2d(input_ids)
+    batch, positions = input_ids.shape
+    if attention_mask is not None:
+        attention_mask = None if bool(attention_mask.all()) else torch.atleast_2d(attention_mask)
+    longest = positions if attention_mask is None else int(attention_mask.sum(1).max())
+    if longest == 0:
+        raise ValueError("attention_mask: it is 0 everywhere, so there are no tokens to run the model on")
+    _check_length(model, longest)
+    if boundaries is not None:
+        ends = check_boundaries(boundaries, positions)
+        chunk = max(end - start for start, end in zip((0, *ends), ends, strict=False))
+    elif chunk is not None:
+        chunk = min(check_chunk(chunk), positions)
+    planned = memory.plan(
+        batch,
+        positions,
+        engine=chosen,
+        hidden=hidden_dtype(model),
+        translators=[lens.translator(number) for number in numbers],
+        norm=lens.unembed.norm,
+        head=head,
+        query=query,
+        memory_budget=check_budget(memory_budget),
+        chunk=chunk,
+    )
+    if boundaries is None:
+        ends = tuple(part.stop for part in slices(positions, planned.chunk))
+    recomputes = None
+    if len(ends) > 1:
+        recomputes = cannot_continue(model, input_ids, attention_mask, ends)
+        if recomputes is not None:
+            warnings.warn(
+                f"model: {recomputes}, so each of the {len(ends)} chunks runs the whole prompt anew; a larger "
+                f"memory_budget or chunk makes fewer",
+                stacklevel=3,
+            )
+    return Prepared(
+        planned, ends, recomputes, model, lens, input_ids, attention_mask, tuple(numbers),
+        None if query.targets is None else query.targets.reshape(batch, positions), query, chosen,
+    )  # fmt: skip
+
+
+def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Each position's following token; NO_TARGET at the last, at padding and before it."""
+    following = input_ids[..., 1:].to(torch.int64)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        following = following.masked_fill(~(real[..., 1:] & real[..., :-1]), NO_TARGET)
+    return nn.functional.pad(following, (0, 1), value=NO_TARGET)
+
+
+def _check_lens(model: Any, lens: Lens, blocks: int) -> None:
+    """That the lens belongs to the model, as far as their shapes and heads tell."""
+    head = lens.unembed.head
+    own_head = model.get_output_embeddings().weight
+    if own_head.data_ptr() == head.weight.data_ptr():
+        own_head = own_head[: head.vocab]  # some models cut their vocabulary after the head
+    for name, ours, its in zip(("vocabulary", "d_model"), head.weight.shape, own_head.shape, strict=True):
+        if ours != its:
+            raise ValueError(f"lens: its {name} is {ours}, the model's {its}; it belongs to another model")
+    if own_head.data_ptr() != head.weight.data_ptr() and not torch.equal(own_head.to(head.weight), head.weight):
+        warnings.warn(
+            "lens: its unembedding is not the model's; the last layer, and what is compared with it, are read with "
+            "the lens's",
+            stacklevel=4,
+        )
+    if isinstance(lens, Sized) and len(lens) != blocks:
+        raise ValueError(f"lens: it has {len(lens)} layers, the model {blocks}; it belongs to another model")
+
+
+def _check_length(model: Any, longest: int) -> None:
+    """That a model which looks its positions up in a table has an entry for each of them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or longest <= most:
+        return
+    words = model.get_input_embeddings()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding) and module is not words]
+    tables += [buffer for name, buffer in model.named_buffers() if name.endswith(("embed_positions", "pos_encoding"))]
+    # Some tables hold an offset of a few entries more.
+    if any(most <= table.shape[0] < longest + 2 for table in tables):
+        raise ValueError(
+            f"input_ids: got {longest} positions, and {type(model).__name__} has learned only {most}; cut the prompt "
+            f"into documents of at most {most}"
+        )
+
+
+def hidden_dtype(model: Any) -> torch.dtype:
+    """The dtype of the residual stream."""
+    dtype = model.get_input_embeddings().weight.dtype
+    in_fp32 = getattr(model.config.get_text_config(), "residual_in_fp32", False)
+    return torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
+
+
+def _rows(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
+    """States ``[batch, positions, wanted]`` as rows on the lens's device, in one dtype.
+
+    A model's blocks may lie on several devices, and some widen their residual stream behind the embedding.
+    """
+    for state in states:
+        if state.shape[-1] != wanted:
+            raise NotImplementedError(
+                f"model: no lens can read it, since its blocks or head receive states {list(state.shape)}, and the "
+                f"lens reads those of width {wanted}"
+            )
+    dtype = functools.reduce(torch.promote_types, (state.dtype for state in states)) if states else None
+    return [state.reshape(-1, state.shape[-1]).to(head.weight.device, dtype) for state in states]
