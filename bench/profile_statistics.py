@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 #: What a profiler counts: time, the busiest unit of the processors, issue slots, L2 and memory traffic, registers.
 METRICS = (
@@ -16,12 +17,15 @@ METRICS = (
 
 
 def main() -> None:
-    import gpu
+    import torch
+    from contenders import CONTENDERS
+    from presets import BUDGET, PRESETS, random_problem
 
-    shape = gpu.Shape(4, 1024, 4096, 128256)
-    x, weight, targets, _ = gpu.problem(shape)
+    shape = replace(PRESETS["llama-3-8b"], layers=4)
+    problem = random_problem(shape, 1024, torch.bfloat16, "cuda", BUDGET, start="head")
+    call = CONTENDERS["triton"].prepare(problem.asking(frozenset({"entropy", "log_prob", "rank"}), 10))
     for _ in range(2):
-        gpu.ask(x, weight, shape, gpu.ALL, targets, None, 10)
+        call()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Puts what bench/gpu.sh found into one JSON file: python bench/gpu_report.py SCRATCH FOLDER."""
+"""Puts what the GPU tests and the profiler said into one JSON file: python bench/gpu_checks.py SCRATCH OUT.
+
+See bench/gpu.sh; bench/report.py renders it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
+
+from tuned_lens_fast.files import written_aside
 
 
 def tests(path: Path) -> dict[str, Any]:
@@ -32,18 +37,18 @@ def profile(path: Path) -> dict[str, str]:
     return {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in csv.DictReader(lines)}
 
 
-def main() -> None:
-    scratch, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    measured = scratch / "measured.json"
-    report: dict[str, Any] = json.loads(measured.read_text()) if measured.exists() else {}
-    report["tests"] = tests(scratch / "tests.xml")
-    report["profile"] = profile(scratch / "profile.csv")
-    environment = report.get("environment", {})
-    device = environment.get("device", "unknown-gpu").replace("NVIDIA ", "").split()[0].lower()
-    out = folder / f"{device}-{environment.get('date', 'undated')}.json"
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\ntests: {report['tests']}\nprofile: {report['profile']}\nwritten: {out}")
+def main() -> int:
+    scratch, out = Path(sys.argv[1]), Path(sys.argv[2])
+    found = {
+        "kind": "gpu checks",
+        "tests": tests(scratch / "tests.xml"),
+        "profile": profile(scratch / "profile.csv"),
+    }
+    with written_aside(out) as aside:
+        aside.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"tests: {found['tests']}\nprofile: {found['profile']}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The floor: the vendor's matrix product of all rows with W, and nothing else. Its logits are overwritten at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from presets import Problem
+
+from contenders.adapter import Answer, Contender, head_inputs
+
+#: Rows whose logits exist at once when a product spans the whole vocabulary.
+CPU_ROWS, GPU_ROWS = 256, 8192
+#: Rows and tokens of a product whose logits stay in cache.
+CPU_TILE, GPU_TILE = (512, 2048), (2048, 4096)
+
+
+def _prepare(at_once: int, width: int | None, problem: Problem) -> Callable[[], Answer]:
+    x, weight = head_inputs(problem), problem.head.weight
+    width = min(width or problem.head.vocab, problem.head.vocab)
+    scratch = torch.empty(min(at_once, problem.rows), width, dtype=x.dtype, device=x.device)
+
+    def multiply() -> Answer:
+        for rows in x.split(at_once):
+            for tile in weight.split(width):
+                whole = scratch[: len(rows)].flatten()[: len(rows) * len(tile)]
+                torch.mm(rows, tile.t(), out=whole.view(len(rows), len(tile)))
+        return {}
+
+    return multiply
+
+
+def _by_rows(problem: Problem) -> Callable[[], Answer]:
+    return _prepare(GPU_ROWS if problem.device.type == "cuda" else CPU_ROWS, None, problem)
+
+
+def _by_tiles(problem: Problem) -> Callable[[], Answer]:
+    return _prepare(*(GPU_TILE if problem.device.type == "cuda" else CPU_TILE), problem)
+
+
+ROWS = Contender("product", f"torch.mm alone, {CPU_ROWS} rows at once ({GPU_ROWS:,} on a GPU)", _by_rows, floor=True)
+TILES = Contender(
+    "product-tiles",
+    f"torch.mm alone, {CPU_TILE[0]} rows x {CPU_TILE[1]:,} tokens at once ({GPU_TILE[0]:,} x {GPU_TILE[1]:,} on a GPU)",
+    _by_tiles,
+    floor=True,
+)

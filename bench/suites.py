@@ -1,0 +1,47 @@
+"""The comparisons whose results are kept: what `run.py --suite` runs, a part at a time, each a command of its own."""
+
+from __future__ import annotations
+
+FULL = "log_prob,rank,entropy,kl,top_10"
+EVERY = "log_prob,rank,entropy,max_prob,kl,reverse_kl,js,tv,top_10"
+#: What one more statistic costs: questions that each hold the one before.
+LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,entropy,rank,top_10", FULL)
+#: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
+ONE_WALK = "log_prob,rank,entropy,top_10"
+SWEPT = "--contenders product product-tiles native eager loop --seconds 2"
+H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
+
+#: Suite -> part -> the script and its arguments.
+SUITES: dict[str, dict[str, str]] = {
+    "cpu": {
+        "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 32 64 128 "
+        f"--statistics {FULL} --seconds 2",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 8 16 32 --statistics {FULL} --seconds 2",
+        "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
+        "--statistics log_prob,entropy --seconds 2",
+        "positions": "run.py --preset smollm2-135m --layers 4 --positions 32 64 128 256 512 "
+        f"--statistics {FULL} {SWEPT}",
+        "layers": f"run.py --preset smollm2-135m --layers 2 4 8 16 32 --positions 64 --statistics {ONE_WALK} {SWEPT}",
+        "vocabulary": "run.py --preset smollm2-135m --layers 4 --positions 64 "
+        f"--vocabulary 16384 32768 65536 131072 262144 --statistics {FULL} {SWEPT}",
+        "every-statistic": f"run.py --preset smollm2-135m --positions 32 --statistics {EVERY} "
+        "--contenders product product-tiles native eager loop --rounds 3",
+        "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
+    },
+    "gpu": {
+        "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 "
+        + "".join(f"--statistics {question} " for question in LADDER)
+        + "--contenders product triton scratch linear_cross_entropy cut-cross-entropy liger-kernel",
+        "every-statistic": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --statistics {EVERY} "
+        "--contenders product triton --rounds 3 --sample 48",
+        "memory": f"run.py --preset llama-3-8b --positions 512 2048 8192 --statistics {FULL} "
+        "--contenders product triton --rounds 3",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
+        "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
+    },
+    "smoke": {
+        "tiny": f"run.py --preset tiny --positions 4 8 32 --statistics {FULL} --statistics log_prob --rounds 3 "
+        "--contenders product product-tiles eager loop tuned-lens linear_cross_entropy liger-kernel",
+        "profile": "profile_decode.py --preset tiny --positions 16 --rounds 3 --ceiling-mib 8",
+    },
+}
