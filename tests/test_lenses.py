@@ -468,10 +468,7 @@ def without_cache(lens, model, layer, tokens, steps):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(
-    "model_type",
-    ["gpt2", "llama", "opt", "bloom", "gemma2", "lfm2", "gpt_neox", "mamba", "falcon_mamba", "rwkv", "hy_v4", "cpmant"],
-)
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "gemma2", "lfm2", "mamba", "rwkv", "hy_v4", "cpmant"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy_against_no_cache(model_type, batch):
     model = tiny(model_type) if model_type in TYPES else build(model_type)
@@ -496,24 +493,20 @@ def test_generate_feeds_one_token_at_a_time(model):
 
 
 def test_generate_without_a_cache(model):
-    """A model that returns no cache is read again from the start."""
     lens = trained(model)
     model.generation_config.eos_token_id = None
     tokens = torch.tensor([[5, 6, 7]])
 
-    class Cacheless(type(model)):
-        def forward(self, input_ids, past_key_values=None, **options):
-            return super().forward(input_ids, **{**options, "use_cache": False})
+    wanted, forward = without_cache(lens, model, 1, tokens, 5), model.forward
 
-    cacheless = Cacheless(model.config)
-    cacheless.load_state_dict(model.state_dict())
-    cacheless.generation_config.eos_token_id = None
-    got = lens.generate(cacheless, 1, tokens, do_sample=False, max_new_tokens=5)
-    assert torch.equal(got, without_cache(lens, model, 1, tokens, 5))
+    def cacheless(input_ids, past_key_values=None, **options):
+        return forward(input_ids, **{**options, "use_cache": False})
+
+    with mock.patch.object(model, "forward", cacheless):
+        assert torch.equal(lens.generate(model, 1, tokens, do_sample=False, max_new_tokens=5), wanted)
 
 
-def test_generate_runs_the_model_without_dropout():
-    """And through what it is wrapped in."""
+def test_generate_runs_a_wrapped_model_without_dropout():
     model = tiny("gpt2", resid_pdrop=0.5).train()
     model.generation_config.eos_token_id = None
     lens, tokens = trained(model), torch.tensor([[5, 6, 7]])
