@@ -31,9 +31,9 @@ test: $(VENV)/.test  ## lint, types and all tests
 sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined-behaviour sanitizers
 	rm -rf $(VENV)/sanitized build
 	TUNED_LENS_FAST_NATIVE=sanitize $(PIP) --no-build-isolation --no-deps --target $(VENV)/sanitized .
-	PYTHONPATH=$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 \
+	PYTHONPATH=$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 CXXFLAGS="-fsanitize=address,undefined" \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-		$(BIN)/pytest tests/test_cpu_engines.py -k native
+		$(BIN)/pytest tests/test_cpu_engines.py tests/test_emulated.py -k 'not eager'
 
 bench: $(VENV)/.test  ## time the engines and the parts of a decode, beside the last time
 	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=fullname \

@@ -231,11 +231,11 @@ def launch(d_model: int, softcap: bool = False, rank: bool = False, **wanted: bo
     def run() -> None:
         import torch
 
-        from tuned_lens_fast.kernels.launch import statistics_tile
+        from tuned_lens_fast.kernels.launch import built_in_tile
         from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 
         x, weight = meta(8192, d_model), meta(131_072, d_model)
-        tile = statistics_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
+        tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
         targets = {"targets": meta(8192, dtype="int64"), "target_logits": meta(8192, dtype="float32")} if rank else {}
         vocabulary_statistics(x, weight, None, 1.0, 30.0 if softcap else None, tile, rank=rank, **targets, **wanted)
 

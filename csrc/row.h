@@ -5,13 +5,19 @@
 #include <cstring>
 #include <limits>
 
+#ifdef __CUDACC__
+#define ON_BOTH __host__ __device__
+#else
+#define ON_BOTH
+#endif
+
 namespace tuned_lens_fast {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
 
 // Ordered as (logit, lower id first), like top_keys in tuned_lens_fast/engines/state.py.
-inline int64_t key_of(float logit, int64_t id) {
+ON_BOTH inline int64_t key_of(float logit, int64_t id) {
   logit += 0.0f;  // -0.0 and 0.0 tie
   int32_t bits;
   std::memcpy(&bits, &logit, sizeof bits);
@@ -19,7 +25,7 @@ inline int64_t key_of(float logit, int64_t id) {
   return (static_cast<int64_t>(ordered) << 32) | (0xFFFFFFFFll - id);
 }
 
-inline float logit_of(int64_t key) {
+ON_BOTH inline float logit_of(int64_t key) {
   const int32_t ordered = static_cast<int32_t>(key >> 32);
   const int32_t bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF);
   float logit;

@@ -12,13 +12,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 
+#include "operands.h"
 #include "row.h"
 
 namespace tuned_lens_fast {
@@ -59,7 +59,7 @@ struct Processor {
 Processor best() {
 #ifdef MANY_PROCESSORS
   const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
-  const bool wide = !most || std::strcmp(most, "avx512") == 0;
+  const bool wide = !most || std::strcmp(most, "avx512") == 0 || std::strcmp(most, "amx") == 0;
   if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
     return {"avx512", avx512::add_tile, avx512::compare};
@@ -75,36 +75,24 @@ const Processor& processor() {
   return chosen;
 }
 
-using torch::stable::Tensor;
-
-// Whether it can be read as one value for each of `count` rows.
-bool by_row(const Tensor& tensor, int64_t count) { return tensor.size(0) == count && tensor.is_contiguous(); }
-bool by_row(const std::optional<Tensor>& tensor, int64_t count) { return !tensor || by_row(*tensor, count); }
-
-bool is_tile(const Tensor& z) { return z.dim() == 2 && (z.size(1) < 2 || z.stride(1) == 1); }
-
 // z [rows, width] fp32, its columns side by side; see the schema below for the rest.
 void tile_pass(
     Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor m, Tensor s,
     Tensor t, std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top,
     std::optional<Tensor> rescale) {
   const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
-  STD_TORCH_CHECK(is_tile(z), "tile_pass: z has to be [rows, width], each row contiguous");
-  STD_TORCH_CHECK(
-      by_row(m, rows) && by_row(s, rows) && by_row(t, rows) && by_row(targets, rows) && by_row(threshold, rows) &&
-          by_row(r, rows) && by_row(target, rows) && by_row(top, rows) && by_row(rescale, rows),
-      "tile_pass: all but z have to be contiguous, a value for each of its rows");
+  check_pass(z, m, s, t, targets, threshold, r, target, top, rescale);
   float* const logits = z.mutable_data_ptr<float>();
-  const int64_t* const ids = targets ? targets->const_data_ptr<int64_t>() : nullptr;
-  const float* const thresholds = threshold ? threshold->const_data_ptr<float>() : nullptr;
+  const int64_t* const ids = read<int64_t>(targets);
+  const float* const thresholds = read<float>(threshold);
   float* const ms = m.mutable_data_ptr<float>();
   float* const ss = s.mutable_data_ptr<float>();
   float* const ts = t.mutable_data_ptr<float>();
-  int64_t* const rs = r ? r->mutable_data_ptr<int64_t>() : nullptr;
-  float* const own = target ? target->mutable_data_ptr<float>() : nullptr;
-  int64_t* const keys = top ? top->mutable_data_ptr<int64_t>() : nullptr;
+  int64_t* const rs = written<int64_t>(r);
+  float* const own = written<float>(target);
+  int64_t* const keys = written<int64_t>(top);
   const int64_t k = top ? top->size(1) : 0;
-  float* const rescales = rescale ? rescale->mutable_data_ptr<float>() : nullptr;
+  float* const rescales = written<float>(rescale);
 
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -128,24 +116,17 @@ void tile_divergences(
     std::optional<Tensor> reverse_kl, std::optional<Tensor> js, std::optional<Tensor> tv) {
   const int64_t positions = z_p.size(0), rows = z_q.size(0);
   const int64_t stride_p = z_p.stride(0), stride_q = z_q.stride(0);
-  STD_TORCH_CHECK(
-      is_tile(z_p) && is_tile(z_q) && z_p.size(1) == z_q.size(1) && positions && rows % positions == 0,
-      "tile_divergences: z_q has to be [layers * positions, width] and z_p [positions, width], each row contiguous");
-  STD_TORCH_CHECK(
-      by_row(m_p, positions) && by_row(log_s_p, positions) && by_row(m_q, rows) && by_row(log_s_q, rows) &&
-          by_row(kl, rows) && by_row(reverse_kl, rows) && by_row(js, rows) && by_row(tv, rows),
-      "tile_divergences: all but the tiles have to be contiguous, a value for each row");
+  check_divergences(z_p, z_q, m_p, log_s_p, m_q, log_s_q, kl, reverse_kl, js, tv);
   const float* const p = z_p.const_data_ptr<float>();
   const float* const q = z_q.const_data_ptr<float>();
   const float* const mp = m_p.const_data_ptr<float>();
   const float* const lp = log_s_p.const_data_ptr<float>();
   const float* const mq = m_q.const_data_ptr<float>();
   const float* const lq = log_s_q.const_data_ptr<float>();
-  auto pointer = [](std::optional<Tensor>& out) { return out ? out->mutable_data_ptr<float>() : nullptr; };
-  float* const kls = pointer(kl);
-  float* const reverse_kls = pointer(reverse_kl);
-  float* const jss = pointer(js);
-  float* const tvs = pointer(tv);
+  float* const kls = written<float>(kl);
+  float* const reverse_kls = written<float>(reverse_kl);
+  float* const jss = written<float>(js);
+  float* const tvs = written<float>(tv);
 
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -1,15 +1,20 @@
 """Launch parameters: one deterministic function of the GPU, the dtype and the shape; nothing is searched at run time.
 
 The entries for sm_90 were chosen from measurements on an H100 (see statistics.py for what lost), those for other GPUs
-from what compiles without spills.
+from what compiles without spills. A file of one's own measurements, written by search.py and named by
+TUNED_LENS_FAST_TILES, goes before them.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,39 @@ def processors(device: torch.device) -> int:
 
 
 def statistics_tile(
+    device: torch.device, dtype: torch.dtype, d_model: int, precision: str = "ieee", keys: bool = True
+) -> Tile:
+    """The statistics kernel's tile for operands of ``dtype`` ``[rows, d_model]``; ``keys``: a top k is wanted.
+
+    Raises:
+        ValueError: TUNED_LENS_FAST_TILES names no file of entries.
+    """
+    named = os.environ.get("TUNED_LENS_FAST_TILES")
+    entry = entries(named).get(entry_key(device, dtype, d_model, precision, keys)) if named else None
+    return entry or built_in_tile(architecture(device), dtype, d_model, precision, keys)
+
+
+def entry_key(device: torch.device, dtype: torch.dtype, d_model: int, precision: str, keys: bool) -> str:
+    """What a measured tile was measured for: the GPU's name, Triton's version, and the operands."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    precision = precision if dtype == torch.float32 else "ieee"  # of 16-bit numbers all products are exact
+    operands = f"{str(dtype).removeprefix('torch.')}, {precision}, d_model {d_model}, {'' if keys else 'no '}top k"
+    return f"{name}, Triton {triton.__version__}, {operands}"
+
+
+@functools.cache
+def entries(path: str) -> dict[str, Tile]:
+    """The measured tiles in a file that search.py wrote."""
+    try:
+        return {key: Tile(**values) for key, values in json.loads(Path(path).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"TUNED_LENS_FAST_TILES: {path!r} holds no tiles of kernels/search.py: {error}") from error
+
+
+def built_in_tile(
     capability: tuple[int, int], dtype: torch.dtype, d_model: int, precision: str = "ieee", keys: bool = True
 ) -> Tile:
-    """The statistics kernel's tile for operands of ``dtype`` ``[rows, d_model]``; ``keys``: a top k is wanted."""
+    """The tile where nothing was measured by the user."""
     if capability == (0, 0):
         return Tile(block_rows=16, block_vocab=64, block_depth=32, warps=4, stages=1)
     if dtype == torch.float32:

@@ -2,13 +2,14 @@
 
 import math
 
+import emulated
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuned_lens_fast.engines import ENGINES, eager
+from tuned_lens_fast.engines import ENGINES, eager, native
 from tuned_lens_fast.engines.eager import EagerEngine, plan
 from tuned_lens_fast.engines.seam import NO_TARGET, STATISTICS, Head, Norm, Query, Translator
 
@@ -16,13 +17,19 @@ BUDGET = 256 * 2**20
 ENGINE = EagerEngine()
 
 
-@pytest.fixture(autouse=True, params=["eager", "native"])
+@pytest.fixture(autouse=True, params=["eager", "native", "native-amx"])
 def engine(request, monkeypatch):
-    """Every test here runs with both."""
-    reason = ENGINES[request.param].unavailable(torch.device("cpu"))
+    """Every test here runs with both, and with the native engine's products on AMX, in software where there is none."""
+    name, _, amx = request.param.partition("-")
+    reason = ENGINES[name].unavailable(torch.device("cpu"))
+    if reason is None and amx and not native.has_amx():
+        if emulated.COMPILER is None:
+            reason = "there is no AMX here, and no GCC to do without"
+        monkeypatch.setattr(native, "has_amx", lambda: True)
+        monkeypatch.setattr(torch.ops.tuned_lens_fast, "amx_product", emulated.amx_product)
     if reason is not None:
         pytest.skip(reason)
-    monkeypatch.setitem(globals(), "ENGINE", ENGINES[request.param])
+    monkeypatch.setitem(globals(), "ENGINE", ENGINES[name])
 
 
 @pytest.fixture
@@ -385,22 +392,50 @@ def test_any_shape(layers, positions, d_model, vocab, spread, softcap, budget, s
     check(*case, budget=budget)
 
 
+@pytest.mark.parametrize("rounds_alike", [True, False])
+@pytest.mark.usefixtures("small_tiles")
+def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(rounds_alike, monkeypatch):
+    """Every token has an equal, so that a target's logit from another arithmetic would lose or gain a rank."""
+    monkeypatch.setattr(eager, "MIN_TILE", 32)
+    monkeypatch.setattr(eager.Product, "narrow_differs", False)
+    hidden, _, _, head, query = inputs(2, 40, 32, 1200)
+    head = Head(torch.cat([head.weight[:600]] * 2))
+    query = Query(frozenset({"rank"}), query.targets)
+    multiply, widths = type(ENGINE.product(head, torch.float32)).multiply, []
+
+    def rounding_otherwise(self, x, weight):
+        z = multiply(self, x, weight)
+        widths.append(z.shape[1])
+        return z if z.shape[1] >= 200 or rounds_alike else z + 1e-4
+
+    monkeypatch.setattr(type(ENGINE.product(head, torch.float32)), "multiply", rounding_otherwise)
+    wide = reference.statistics(reference.logits(torch.stack(hidden), head), targets=query.targets)["rank"]
+    for expected in (40, 240):  # columns of the targets' product: the second time it is known whether they do
+        widths.clear()
+        found = ENGINE.decode(hidden, [None, None], Norm("identity"), head, query, BUDGET)
+        assert torch.equal(found["rank"], wide)
+        assert (expected if not rounds_alike else 40) == widths[0]
+    assert eager.Product.narrow_differs != rounds_alike
+
+
 def test_a_wrong_tile_fails():
     """The reference is honest: an engine that forgets one tile, or counts one twice, is found out."""
 
-    class Forgetful(eager.Product):
+    case = inputs(2, 20, 32, 5000)
+    Product = type(ENGINE.product(case[3], torch.float32))
+
+    class Forgetful(Product):
         def tiles(self, width):
             return list(super().tiles(width))[:-1]
 
-    class Repeating(eager.Product):
+    class Repeating(Product):
         def tiles(self, width):
             tiles = list(super().tiles(width))
             return [*tiles, tiles[0]]
 
-    case = inputs(2, 20, 32, 5000)
     for wrong in (Forgetful, Repeating):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(eager, "Product", wrong)
+            patch.setattr(type(ENGINE), "product", lambda self, head, hidden, wrong=wrong: wrong(head, hidden))
             with pytest.raises(AssertionError):
                 check(*case)
 

@@ -38,7 +38,24 @@ def assert_same(found, wanted):
 def test_auto_takes_it_on_a_cpu():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         assert choose("auto", CPU, dtype).name == "native"
-    assert "runs on CPUs" in ENGINES["native"].unavailable(torch.device("cuda"))
+    assert "runs on CPUs and NVIDIA GPUs" in ENGINES["native"].unavailable(torch.device("mps"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    assert "sees no NVIDIA GPU" in ENGINES["native"].unavailable(torch.device("cuda"))
+
+
+@pytest.mark.skipif(native.has_amx(), reason="this processor has AMX")
+def test_amx_is_refused_where_there_is_none():
+    operands = (torch.zeros(1, 32, 32, dtype=torch.bfloat16), torch.zeros(4, 32, dtype=torch.bfloat16), 0)
+    with pytest.raises(RuntimeError, match="no AMX"):
+        torch.ops.tuned_lens_fast.amx_product(*operands, torch.zeros(5, 4))
+
+
+def test_a_library_older_than_the_package_is_named():
+    assert native._load("_native", "", ("tile_pass",)) is None
+    assert "is older than the package; reinstall" in native._load("_native", "", ("tile_pass", "not_there_yet"))
 
 
 def arguments(rows=5, width=70, k=3):

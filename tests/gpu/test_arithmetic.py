@@ -24,7 +24,7 @@ from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 def test_gathered_logits_are_the_tiles(dtype, d_model, precision, vocab, device):
     """All tokens share one row of W, so that the largest logit is every token's."""
     rows = 1_000
-    tile = launch.statistics_tile(launch.architecture(device), dtype, d_model, precision)
+    tile = launch.statistics_tile(device, dtype, d_model, precision)
     x = torch.randn(rows, d_model, device=device).to(dtype)
     w = torch.randn(1, d_model, device=device).to(dtype).repeat(vocab, 1)
     targets = torch.randint(vocab, (rows,), device=device)

@@ -35,9 +35,9 @@ def head(d_model, dtype, vocab=VOCAB):
 
 
 def tile_for(x, precision="ieee"):
-    from tuned_lens_fast.kernels.launch import merged_tiles, statistics_tile
+    from tuned_lens_fast.kernels.launch import built_in_tile, merged_tiles
 
-    tile = statistics_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
+    tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
     return replace(tile, merged=merged_tiles(VOCAB, tile, 10))
 
 

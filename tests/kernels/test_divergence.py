@@ -37,7 +37,7 @@ def normalisers(x, own, head):
 
 
 def walked(x, own, head, wanted=WALKED):
-    tile = launch.statistics_tile(launch.architecture(x.device), x.dtype, x.shape[1])
+    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
     parts = (head.weight, head.bias, head.scale, head.softcap)
     found = divergence.walked_divergences(x, own, *parts, *normalisers(x, own, head), wanted, tile)
     return {name: value.view(LAYERS, -1) for name, value in found.items()}

@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gathered(x, head, targets):
-    tile = launch.statistics_tile(launch.architecture(x.device), x.dtype, x.shape[1])
+    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
     return target_logits(x, head.weight, head.bias, head.scale, head.softcap, targets, tile)
 
 
@@ -65,7 +65,7 @@ def test_bit_for_bit_the_tiles_logit(d_model, vocab, dtype, device):
     x, w, _ = operands(21, d_model, 1, dtype, device)
     w = w.repeat(vocab, 1)
     targets = torch.arange(21, device=device)
-    tile = launch.statistics_tile(launch.architecture(device), dtype, d_model)
+    tile = launch.statistics_tile(device, dtype, d_model)
     largest = vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys[:, 0].amax(1)
     assert torch.equal(gathered(x, Head(w), targets), largest)
 

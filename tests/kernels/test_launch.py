@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuned_lens_fast.kernels.launch import Tile, merged_tiles, statistics_tile, vocabulary_splits
+from tuned_lens_fast.kernels.launch import Tile, built_in_tile, merged_tiles, vocabulary_splits
 from tuned_lens_fast.kernels.logits import token_of
 from tuned_lens_fast.kernels.statistics import key_slots
 
@@ -21,8 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
 def test_tiles_are_such_as_the_kernels_can_use(capability, d_model, dtype):
     for precision in ("ieee", "tf32"):
-        tile = statistics_tile(capability, dtype, d_model, precision)
-        assert tile == statistics_tile(capability, dtype, d_model, precision)
+        tile = built_in_tile(capability, dtype, d_model, precision)
+        assert tile == built_in_tile(capability, dtype, d_model, precision)
         # The top k's kernels take members eight at a time and find them in the low bits of a key.
         assert tile.members >= 8
         assert tile.members & (tile.members - 1) == 0
@@ -67,7 +67,7 @@ def _tokens(out, groups, MEMBERS: tl.constexpr, MERGED: tl.constexpr, BLOCK: tl.
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 63, 64, 65, 71, 72, 135, 600, 1037])
 def test_every_token_has_one_place(vocab, merged, device):
     """Slot by slot, place by place: the groups of whole tiles, the left-over groups, the tokens that fill none."""
-    tile = replace(statistics_tile((0, 0), torch.bfloat16, 64), merged=merged)
+    tile = replace(built_in_tile((0, 0), torch.bfloat16, 64), merged=merged)
     places = key_slots(vocab, tile) * tile.members * merged
     block = triton.next_power_of_2(places)
     out = torch.empty(block, dtype=torch.int32, device=device)

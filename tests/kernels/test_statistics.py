@@ -36,7 +36,7 @@ def ids(rows, vocab, device, seed=1):
 
 def statistics_of(x, head, targets=None, tile=None, keys=False):
     """Every statistic of rows x, as an engine would return it for one layer."""
-    tile = tile or launch.statistics_tile(launch.architecture(x.device), x.dtype, x.shape[1])
+    tile = tile or launch.statistics_tile(x.device, x.dtype, x.shape[1])
     parts = (head.weight, head.bias, head.scale, head.softcap)
     asked = {"entropy": True, "max_prob": True, "keys": keys}
     if targets is not None:
@@ -107,7 +107,7 @@ def test_strides(device):
     wide_w = torch.full((300, 77), math.nan, dtype=w.dtype, device=device)
     wide_x[:, 1, 5:45] = x
     wide_w[:, 3:43] = w
-    tile = launch.statistics_tile(launch.architecture(device), x.dtype, 40).without_tma()
+    tile = launch.statistics_tile(device, x.dtype, 40).without_tma()
     targets = ids(5, 300, device)
     check(wide_x[:, 1, 5:45], Head(wide_w[:, 3:43]), targets, tile=tile)
 
@@ -210,7 +210,7 @@ def test_splits_merge(splits, monkeypatch, device):
 
 def test_what_is_not_asked_for_is_not_there(device):
     x, w = operands(2, 32, 70, torch.bfloat16, device)
-    tile = launch.statistics_tile(launch.architecture(device), x.dtype, 32)
+    tile = launch.statistics_tile(device, x.dtype, 32)
     found = statistics.vocabulary_statistics(x, w, None, 1.0, None, tile)
     fields = {field.name for field in dataclasses.fields(found)} - {"normaliser"}
     assert all(getattr(found, name) is None for name in fields)
@@ -221,7 +221,7 @@ def test_keys_hold_the_two_best_of_every_group(device):
     """The largest as it is; in the lowest bits of the second, where the largest stands."""
     vocab = 331
     x, w = operands(3, 16, vocab, torch.float32, device)
-    tile = launch.statistics_tile(launch.architecture(device), x.dtype, 16)
+    tile = launch.statistics_tile(device, x.dtype, 16)
     keys = statistics.vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys
     assert keys.shape == (3, 2, statistics.key_slots(vocab, tile))
     groups = vocab // tile.members

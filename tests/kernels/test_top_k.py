@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def top_k_of(x, head, k, merged=1):
     """ids and log-probs [1, rows, k] as an engine returns them, and the rows reported."""
-    tile = launch.statistics_tile(launch.architecture(x.device), x.dtype, x.shape[1])
+    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
     tile = replace(tile, merged=merged)
     parts = (head.weight, head.bias, head.scale, head.softcap)
     found = vocabulary_statistics(x, *parts, tile, keys=True)
@@ -67,7 +67,7 @@ def test_large_k(k, device):
     """The room for candidates grows with k."""
     vocab = 64 * k + 7 * 8 + 5
     x, w = operands(1, 16, vocab, torch.float32, device)
-    tile = launch.statistics_tile(launch.architecture(device), x.dtype, 16)
+    tile = launch.statistics_tile(device, x.dtype, 16)
     assert serves(k, key_slots(vocab, tile))
     assert not check(x, Head(w), k)[1].any()
 
@@ -101,7 +101,7 @@ def test_one_group_holds_them_all(device):
     """More of the top k in a group than its two keys: all its members are looked at."""
     vocab, k = 600, 5
     x, w = operands(2, 32, vocab, torch.bfloat16, device)
-    members = launch.statistics_tile(launch.architecture(device), x.dtype, 32).members
+    members = launch.statistics_tile(device, x.dtype, 32).members
     group = torch.arange(members) * (vocab // members) + 9
     x[0] = w[9] * 20
     w[group] = w[9] + w[group] / 50

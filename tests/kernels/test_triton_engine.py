@@ -13,7 +13,7 @@ from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
 from tuned_lens_fast.engines.triton import TritonEngine, plan
-from tuned_lens_fast.kernels.launch import statistics_tile
+from tuned_lens_fast.kernels.launch import built_in_tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ENGINE = TritonEngine()
@@ -134,7 +134,7 @@ def test_chunks_mean_the_same(device):
 def test_plans(stats, top_k, device):
     """More memory never cuts finer, and a plan covers what it was made for."""
     head = Head(torch.empty(128_256, 4096, dtype=BF16, device="meta"))
-    tile = statistics_tile((9, 0), BF16, 4096)
+    tile = built_in_tile((9, 0), BF16, 4096)
     cuts = []
     for mebibytes in (32, 64, 256, 1024, 16_384):
         query = Query(stats, top_k=top_k)

@@ -9,8 +9,8 @@ the others a second walk over both tiles side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,8 +61,19 @@ def scratch_bytes(rows: int, tile: int, d_model: int, head: Head, query: Query, 
     )
 
 
-def plan(layers: int, positions: int, d_model: int, head: Head, query: Query, wide: int, memory_budget: int) -> Cut:
+def plan(
+    layers: int,
+    positions: int,
+    d_model: int,
+    head: Head,
+    query: Query,
+    wide: int,
+    memory_budget: int,
+    of_product: Callable[[int, int], int] = lambda rows, tile: 0,
+) -> Cut:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
+
+    ``of_product``: bytes that a product of so many rows and tokens needs beside its operands and its result.
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
@@ -73,7 +84,7 @@ def plan(layers: int, positions: int, d_model: int, head: Head, query: Query, wi
     rows = min(best_rows, max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
-        return scratch_bytes(rows, tile, d_model, head, query, wide)
+        return scratch_bytes(rows, tile, d_model, head, query, wide) + of_product(rows, tile)
 
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
         if tile > smallest and (tile >= rows or rows == 1):
@@ -97,6 +108,10 @@ class EagerEngine:
     def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
         return None
 
+    def product(self, head: Head, hidden: torch.dtype) -> Product:
+        """What multiplies hidden states of dtype ``hidden`` by tiles of the head."""
+        return Product(head, hidden)
+
     def plan(
         self,
         layers: int,
@@ -109,7 +124,9 @@ class EagerEngine:
         memory_budget: int,
     ) -> Cut:
         """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
-        return plan(layers, positions, norm.hidden_width(head), head, query, Product(head, hidden).wide, memory_budget)
+        product = self.product(head, hidden)
+        width = norm.hidden_width(head)
+        return plan(layers, positions, width, head, query, product.wide, memory_budget, product.scratch)
 
     @torch.no_grad()
     def decode(
@@ -126,7 +143,7 @@ class EagerEngine:
         out = empty_answer(layers, positions, query, head.weight.device)
         if not layers or not positions:
             return out
-        product = Product(head, hidden[0].dtype)
+        product = self.product(head, hidden[0].dtype)
         cut = self.plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
         for p in slices(positions, cut.positions):
             reference = None
@@ -170,7 +187,7 @@ class EagerEngine:
         if query.targets is not None and stats & {"log_prob", "rank"}:
             targets = query.targets[p].repeat(x.shape[0] // at_once)
             if "rank" in stats and width < head.vocab:
-                threshold = product.targets(x, query.targets[p], width)
+                threshold = product.targets(x, query.targets[p], product.target_columns(at_once, width))
         state = self._walk(
             x,
             product,
@@ -183,6 +200,12 @@ class EagerEngine:
         )
         log_s = state.s.log()
         void = ~(state.s > 0)
+        if threshold is not None and product.can_look_back():
+            assert state.target is not None
+            if not bool(((threshold == state.target) | (targets == NO_TARGET) | void).all()):
+                Product.narrow_differs = True
+                again = self._walk(x, product, width, targets=targets, rank=True, threshold=state.target)
+                state = replace(state, r=again.r)
         found = {"lse": state.m + log_s}
         if "entropy" in stats:
             assert state.t is not None
@@ -297,6 +320,9 @@ class EagerEngine:
 class Product:
     """Logits of vocabulary tiles: operands in the head's dtype, accumulated and returned in fp32."""
 
+    #: Set once a product with the targets' rows of W has rounded unlike a tile's, in any decode.
+    narrow_differs = False
+
     def __init__(self, head: Head, hidden: torch.dtype) -> None:
         self.head = head
         wide = torch.promote_types(torch.float32, head.weight.dtype)
@@ -328,18 +354,40 @@ class Product:
             skip = max(0, tokens.start - max(0, tokens.stop - width))
             tokens = slice(tokens.start - skip, tokens.stop)
         weight = self.weight(tokens)
-        z = torch.mm(x, weight.t(), out_dtype=torch.float32) if self.narrow else torch.mm(x, weight.t()).float()
+        z = self.multiply(x, weight)
         if self.head.bias is not None:
             z += self.head.bias[tokens].float()
         return self.head.transform(z)[:, skip:]
 
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """fp32 x W^T of rows of W."""
+        if self.narrow:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return torch.mm(x, weight.t()).float()
+
+    def scratch(self, rows: int, tile: int) -> int:
+        """Bytes that :meth:`multiply` needs beside its operands and its result."""
+        return 0
+
+    def can_look_back(self) -> bool:
+        """Whether what a decode does next may depend on what it has found: not if it is compiled, or captured."""
+        return self.head.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def target_columns(self, targets: int, width: int) -> int:
+        """Columns for the product of so many targets, ``width`` being a tile's.
+
+        A tile's own width is sure to be multiplied like a tile. Fewer are cheaper, and whether they were is seen when
+        the tiles have been walked.
+        """
+        if Product.narrow_differs or not self.can_look_back():
+            return width
+        return min(width, max(MIN_TILE, targets))
+
     def targets(self, x: Tensor, targets: Tensor, width: int) -> Tensor:
-        """Every row's target logit by a tile's own arithmetic: the diagonal of a tile of the targets' rows of
-        W.
+        """Every row's target logit by a tile's own arithmetic: the diagonal of a product with the targets' rows of W.
 
         Another way of summing the same product may rank a token behind its equals. x ``[layers * positions,
-        d_model]``, targets int64 ``[positions]``, no more than ``width`` of them; fp32 ``[layers *
-        positions]``.
+        d_model]``, targets int64 ``[positions]``, no more than ``width`` of them; fp32 ``[layers * positions]``.
         """
         at_once = targets.shape[0]
         ids = torch.nn.functional.pad(targets.clamp(min=0), (0, width - at_once))

@@ -1,56 +1,169 @@
-"""The native engine for CPUs: a vendor product a tile, then one pass over the tile while it is in cache.
+"""The native engine: a product a tile, then one pass over the tile while it is in cache.
 
 The work is cut and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
-tile's statistics in one pass, of every row on one of PyTorch's threads, for a few per cent of the product's time. And
-since no tile leaves the cache, the whole costs less than the bare product that writes all logits to memory.
+tile's statistics in one pass, for a few per cent of the product's time. On a CPU no tile leaves the cache, so that the
+whole costs less than the bare product that writes all logits to memory; where there is AMX, csrc/ has the product as
+well. On a GPU the tile is in the engine's scratch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.eager import EagerEngine, Product, Reference
+from tuned_lens_fast.engines.seam import Head
 from tuned_lens_fast.engines.state import NO_KEY, State, largest_keys, tile_top_keys
 
-#: The library that setup.py builds from csrc/; None where it was not built.
-_LIBRARY = importlib.util.find_spec("tuned_lens_fast._native")
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
+#: Rows and columns that AMX's registers hold; x is padded to multiples of it.
+AMX_BLOCK = 32
+#: How a build that says what fails is had.
+_BUILD = "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
 
-if _LIBRARY is None or _LIBRARY.origin is None:
-    MISSING: str | None = (
-        "its library was not built when the package was installed; with a C++ compiler and PyTorch 2.10 or newer: "
-        "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
-    )
-else:
+
+def _load(library: str, wants: str, operators: Sequence[str]) -> str | None:
+    """Load what setup.py built from csrc/; None, or why it is not there and what would change that."""
+    found = importlib.util.find_spec(f"tuned_lens_fast.{library}")
+    if found is None or found.origin is None:
+        return f"its library was not built when the package was installed; with {wants}: {_BUILD}"
     try:
-        torch.ops.load_library(_LIBRARY.origin)
+        torch.ops.load_library(found.origin)
     except OSError as error:
-        MISSING = f"its library does not load with this PyTorch, {torch.__version__}: {error}"
-    else:
-        MISSING = None
+        return f"its library does not load with this PyTorch, {torch.__version__}: {error}"
+    if not all(hasattr(torch.ops.tuned_lens_fast, name) for name in operators):
+        return f"its library is older than the package; reinstall: {_BUILD}"
+    return None
 
-        @torch.library.register_fake("tuned_lens_fast::tile_pass")
-        @torch.library.register_fake("tuned_lens_fast::tile_divergences")
-        def _writes_only(*_: Any) -> None:
-            """Both write into tensors they are given."""
+
+#: Why the engine works nowhere; None where it does.
+MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "amx_product"))
+
+
+@functools.cache
+def _cuda_library() -> str | None:
+    return _load("_native_cuda", "nvcc and a CUDA build of PyTorch 2.10 or newer", ["has_gpu_code"])
+
+
+@torch.compiler.assume_constant_result
+def missing_on_cuda(index: int | None = None) -> str | None:
+    """Why the engine does not work on the GPU of that number, or on the current one; None where it does."""
+    if MISSING is not None or not torch.cuda.is_available():
+        return MISSING or "PyTorch sees no NVIDIA GPU"
+    missing = _cuda_library()
+    index = torch.cuda.current_device() if index is None else index
+    if missing is None and not torch.ops.tuned_lens_fast.has_gpu_code(index):
+        return f"its library has no code for {torch.cuda.get_device_name(index)}; build it where PyTorch sees that GPU"
+    return missing
+
+
+if MISSING is None:
+
+    @torch.library.register_fake("tuned_lens_fast::tile_pass")
+    @torch.library.register_fake("tuned_lens_fast::tile_divergences")
+    @torch.library.register_fake("tuned_lens_fast::amx_product")
+    def _writes_only(*_: Any) -> None:
+        """All write into tensors they are given."""
+
+
+@torch.compiler.assume_constant_result
+def has_amx() -> bool:
+    """Whether products can run on this processor's AMX unit."""
+    return MISSING is None and torch.ops.tuned_lens_fast.has_amx()
+
+
+@torch.compiler.assume_constant_result
+def fp32_precision() -> str:
+    """What PyTorch is told about fp32 products on CPUs."""
+    return torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+
+
+class NativeProduct(Product):
+    """The product on AMX where there is one, in as many bf16 products as the dtype and the caller want.
+
+    bf16 takes one, fp16 four (and is exact). Of fp32, ``torch.backends.mkldnn.matmul.fp32_precision`` says what is
+    wanted: "none", the default, takes six and is as exact as PyTorch's own product; "tf32" and "bf16", or
+    ``torch.set_float32_matmul_precision("high")``, take three, with about 16 bits; "ieee" leaves it to PyTorch.
+    """
+
+    def __init__(self, head: Head, hidden: torch.dtype) -> None:
+        super().__init__(head, hidden)
+        dtype = head.weight.dtype
+        #: Parts of every number, and the most that the numbers of two parts may add up to; None: PyTorch's product.
+        self.split: tuple[int, int] | None = {
+            torch.bfloat16: (1, 0),
+            torch.float16: (2, 2),
+            torch.float32: {"none": (3, 2), "ieee": None}.get(fp32_precision(), (2, 1)),
+        }.get(dtype)
+        if head.weight.device.type != "cpu" or not has_amx():
+            self.split = None
+        if self.split is not None:
+            self.operand = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        self._recent: list[tuple[Tensor, Tensor]] = []
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.split is None:
+            return super().multiply(x, weight)
+        parts, most = self.split
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        z = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+        torch.ops.tuned_lens_fast.amx_product(self._parts_of(x, parts), weight, most, z)
+        return z
+
+    def scratch(self, rows: int, tile: int) -> int:
+        if self.split is None:
+            return 0
+        blocks, d_model = -(-tile // AMX_BLOCK), _padded(self.head.weight.shape[1])
+        # Of the rows and of the reference: x and its parts. Of every thread: a block of W in its parts.
+        x = 2 * _padded(rows) * d_model * (4 + 2 * self.split[0])
+        weight = min(torch.get_num_threads(), blocks) * 2 * AMX_BLOCK * d_model * self.split[0]
+        return x + weight + tile * d_model * 4 * (self.head.weight.stride(1) != 1)
+
+    def _parts_of(self, x: Tensor, count: int) -> Tensor:
+        """:func:`bf16_parts` of x, which is multiplied by one tile after another; so may the reference be."""
+        for known, parts in self._recent:
+            if known is x:
+                return parts
+        parts = bf16_parts(x, count)
+        self._recent = [*self._recent[-1:], (x, parts)]
+        return parts
+
+
+def _padded(size: int) -> int:
+    return -(-size // AMX_BLOCK) * AMX_BLOCK
+
+
+def bf16_parts(x: Tensor, count: int) -> Tensor:
+    """x ``[rows, d_model]`` as a sum of bf16 ``[count, rows, d_model]``, padded with zeros for AMX's registers."""
+    rows, d_model = map(_padded, x.shape)
+    parts = x.new_zeros(count, rows, d_model, dtype=torch.bfloat16)
+    inside = parts[:, : x.shape[0], : x.shape[1]]
+    for part in inside:
+        part.copy_(x)
+        x = x - part
+    return parts
 
 
 class NativeEngine(EagerEngine):
-    """The eager engine with the passes over a tile in C++, on CPUs and for a head of any floating dtype."""
+    """The eager engine with the passes over a tile in C++ or CUDA, for a head of any floating dtype."""
 
     name = "native"
 
     def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-        if MISSING is not None:
+        if device is None or device.type == "cpu":
             return MISSING
-        if device is not None and device.type != "cpu":
-            return "it runs on CPUs; use engine='triton' or engine='eager'"
-        return None
+        if device.type == "cuda":
+            return missing_on_cuda(device.index)
+        return "it runs on CPUs and NVIDIA GPUs; use engine='eager'"
+
+    def product(self, head: Head, hidden: torch.dtype) -> NativeProduct:
+        return NativeProduct(head, hidden)
 
     def _walk(
         self,

@@ -254,13 +254,13 @@ def plan(
 
 def _precision() -> str:
     """What fp32 products are made of."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _tile(head: Head, query: Query, precision: str) -> launch.Tile:
     """The tile that the vocabulary kernel holds on chip."""
-    architecture = launch.architecture(head.weight.device)
-    tile = launch.statistics_tile(architecture, head.weight.dtype, head.weight.shape[1], precision, query.top_k > 0)
+    weight = head.weight
+    tile = launch.statistics_tile(weight.device, weight.dtype, weight.shape[1], precision, query.top_k > 0)
     if head.weight.data_ptr() % 16 or head.weight.stride(0) * head.weight.dtype.itemsize % 16:
         tile = tile.without_tma()
     return replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k)) if query.top_k else tile

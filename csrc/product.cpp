@@ -1,0 +1,108 @@
+// A tile's logits on processors with AMX, whose bf16 products are so fast that fp32 is best taken as several of them.
+// Elsewhere `has_amx` says so, and the engine leaves products to PyTorch.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "factors.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define AMX
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace tuned_lens_fast {
+namespace {
+
+#ifdef AMX
+#pragma GCC push_options
+#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+namespace amx {
+#include "amx.inl"
+}  // namespace amx
+#pragma GCC pop_options
+
+// The processor has it, and the system lets this process use its registers.
+bool usable() {
+  if (const char* const most = std::getenv("TUNED_LENS_FAST_CPU"); most && std::strcmp(most, "amx") != 0) return false;
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, since Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+namespace amx {
+template <typename Weight>
+void product(const Factors<Weight>&, int64_t, int64_t) {}
+}  // namespace amx
+
+bool usable() { return false; }
+#endif
+
+bool has_amx() {
+  static const bool found = usable();
+  return found;
+}
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename Weight>
+void run(const Tensor& x, const Tensor& weight, int64_t most, Tensor& z) {
+  const Factors<Weight> factors{
+      static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0),     x.stride(1), x.size(0), most, z.size(0),
+      static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), z.size(1), weight.size(1),
+      z.mutable_data_ptr<float>(), z.stride(0)};
+  torch::stable::parallel_for(0, (z.size(1) + 31) / 32, 1, [&](int64_t begin, int64_t end) {
+    amx::product(factors, begin, end);
+  });
+}
+
+// x [parts, rows, d_model] in bf16 with zeros up to multiples of 32; weight [width, d_model]; z [rows or fewer, width].
+void amx_product(Tensor x, Tensor weight, int64_t most, Tensor z) {
+  STD_TORCH_CHECK(has_amx(), "amx_product: this processor, or its system, has no AMX");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 32 == 0 &&
+          x.size(2) % 32 == 0,
+      "amx_product: x has to be contiguous bf16 [parts, rows, d_model], padded to multiples of 32");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && z.dim() == 2 && (weight.size(1) < 2 || weight.stride(1) == 1) &&
+          (z.size(1) < 2 || z.stride(1) == 1) && weight.size(0) == z.size(1) && z.size(0) <= x.size(1) &&
+          weight.size(1) <= x.size(2) && x.size(2) - weight.size(1) < 32,
+      "amx_product: weight has to be [width, d_model] and z [rows, width], each row contiguous");
+  const bool split = weight.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(
+      split || (x.size(0) == 1 && weight.scalar_type() == ScalarType::BFloat16),
+      "amx_product: weight has to be fp32, or bf16 for one part of x");
+  split ? run<float>(x, weight, most, z) : run<uint16_t>(x, weight, most, z);
+}
+
+}  // namespace
+}  // namespace tuned_lens_fast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
+  library.def("has_amx() -> bool");
+  library.def("amx_product(Tensor x, Tensor weight, int most, Tensor(a!) z) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {
+  library.impl("has_amx", TORCH_BOX(&tuned_lens_fast::has_amx));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CPU, library) {
+  library.impl("amx_product", TORCH_BOX(&tuned_lens_fast::amx_product));
+}

@@ -1,0 +1,154 @@
+"""Times other tiles for the vocabulary pass on the GPU at hand, and keeps the fastest. Nothing runs this by itself.
+
+    python -m tuned_lens_fast.kernels.search --d-model 4096 --vocab 128256 --out tiles.json
+    TUNED_LENS_FAST_TILES=tiles.json python your_script.py
+
+Every candidate that compiles must give the sums of the built-in tile, and gathered targets' logits to the bit as they
+are in its tiles; those that do are timed in turn, and the median decides. An entry belongs to one GPU model, Triton
+version, dtype and d_model, with or without a top k, and is used for no other; the file may hold many, and another
+search adds to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.kernels import launch
+from tuned_lens_fast.kernels.gather import target_logits
+from tuned_lens_fast.kernels.launch import Tile
+from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+
+#: As far as two tiles' sums of the same products may be apart, in nats.
+TOLERANCE = 2e-3
+
+
+def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
+    """The built-in tile and others of such sizes as kernels can use; which of them compile is seen when they run."""
+    yield built_in
+    sizes = itertools.product((64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
+    for rows, vocab, depth, warps, stages in sizes:
+        if stages * (rows + vocab) * depth * operand_bytes > 227 * 1024 or rows * vocab > 4096 * warps:
+            continue  # beyond shared memory, or 128 accumulators a thread
+        for flat in (False, True) if built_in.tma else (False,):
+            tile = replace(
+                built_in,
+                block_rows=rows,
+                block_vocab=vocab,
+                block_depth=depth,
+                warps=warps,
+                stages=stages,
+                flat=flat,
+            )
+            if tile != built_in:
+                yield tile
+
+
+def search(
+    x: Tensor, weight: Tensor, tiles: Sequence[Tile], *, keys: bool, precision: str = "ieee", rounds: int = 10
+) -> dict[Tile, float]:
+    """Median seconds of one pass of x ``[rows, d_model]`` over weight ``[vocab, d_model]``, of those that work.
+
+    Raises:
+        RuntimeError: the first tile, which says what is right, does not work.
+    """
+    calls: dict[Tile, Callable[[], Tensor]] = {}
+    expected = None
+    alike = weight[:1].repeat(min(len(weight), 4096), 1)  # of these, every token's logit is the largest
+    targets = torch.arange(len(x), device=x.device) % len(alike)
+    for tile in tiles:
+        whole = replace(tile, merged=launch.merged_tiles(len(weight), tile, 10)) if keys else tile
+
+        def call(whole: Tile = whole) -> Tensor:
+            return vocabulary_statistics(
+                x, weight, None, 1.0, None, whole, entropy=True, keys=keys, precision=precision
+            ).normaliser.sum(0)
+
+        try:
+            lse = call()
+            gathered = target_logits(x, alike, None, 1.0, None, targets, whole, precision)
+            groups = vocabulary_statistics(x, alike, None, 1.0, None, whole, keys=True, precision=precision).keys
+            assert groups is not None
+            same = torch.equal(gathered, groups[:, 0].amax(1))
+        except Exception as error:  # beyond the GPU's resources, or Triton's
+            if expected is None:
+                raise RuntimeError(f"the built-in {tile} does not work here") from error
+            print(f"{tile}: {type(error).__name__}", file=sys.stderr)
+            continue
+        expected = lse if expected is None else expected
+        if not bool(((lse - expected).abs() <= TOLERANCE).all()):
+            print(f"{tile}: wrong sums", file=sys.stderr)
+        elif not same:
+            print(f"{tile}: a gathered target's logit is not its tile's", file=sys.stderr)
+        else:
+            calls[tile] = call
+    seconds: dict[Tile, list[float]] = {tile: [] for tile in calls}
+    for _ in range(rounds):
+        for tile, call in calls.items():
+            _wait(x)
+            start = time.perf_counter()
+            call()
+            _wait(x)
+            seconds[tile].append(time.perf_counter() - start)
+    return {tile: statistics.median(some) for tile, some in seconds.items()}
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def add_entry(path: Path, key: str, tile: Tile) -> None:
+    """Write ``tile`` into the file of entries, beside what it holds."""
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    entries[key] = asdict(tile)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tuned_lens_fast.kernels.search",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--d-model", type=int, required=True)
+    parser.add_argument("--vocab", type=int, required=True)
+    parser.add_argument("--rows", type=int, default=8192, help="layers x positions (default: 8192)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--precision", choices=("ieee", "tf32"), default="ieee", help="of fp32 products (default: ieee)"
+    )
+    parser.add_argument("--without-top-k", action="store_true", help="for decodes that ask for no top k")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write the fastest into")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("search: PyTorch sees no NVIDIA GPU", file=sys.stderr)
+        return 1
+    dtype, keys = getattr(torch, options.dtype), not options.without_top_k
+    device = torch.device("cuda", torch.cuda.current_device())
+    built_in = launch.built_in_tile(launch.architecture(device), dtype, options.d_model, options.precision, keys)
+    x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
+    weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
+    found = search(x, weight, list(candidates(built_in, dtype.itemsize)), keys=keys, precision=options.precision)
+    for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
+        print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")
+    key = launch.entry_key(device, dtype, options.d_model, options.precision, keys)
+    add_entry(options.out, key, min(found, key=found.__getitem__))
+    print(f"{options.out}: {key}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

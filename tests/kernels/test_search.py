@@ -1,0 +1,112 @@
+"""The opt-in search for tiles, on the interpreter: what it tries, what it keeps, and who reads it."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from tuned_lens_fast.engines import triton as engine
+from tuned_lens_fast.engines.seam import Head, Query
+from tuned_lens_fast.kernels import launch, search
+from tuned_lens_fast.kernels.launch import built_in_tile, entry_key, statistics_tile
+
+CPU = torch.device("cpu")
+TILE = built_in_tile((0, 0), torch.float32, 32)
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.delenv("TUNED_LENS_FAST_TILES", raising=False)
+    launch.entries.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_candidates_are_such_as_the_kernels_can_use(capability, dtype):
+    built_in = built_in_tile(capability, dtype, 4096)
+    tiles = list(search.candidates(built_in, dtype.itemsize))
+    assert tiles[0] == built_in
+    assert len(tiles) == len(set(tiles)) > 10
+    for tile in tiles:
+        assert tile.members >= 8
+        assert tile.members & (tile.members - 1) == 0
+        assert tile.tma == built_in.tma
+        assert tile.tma or not tile.flat
+        assert tile.stages * (tile.block_rows + tile.block_vocab) * tile.block_depth * dtype.itemsize <= 227 * 1024
+
+
+@pytest.mark.parametrize("keys", [False, True])
+def test_tiles_that_fail_or_err_are_left_out(keys, monkeypatch, capsys):
+    x, weight = torch.randn(20, 32), torch.randn(300, 32)
+    other, failing, wrong = replace(TILE, block_rows=32), replace(TILE, stages=2), replace(TILE, stages=3)
+    apart = replace(TILE, stages=4)
+    run, gather = search.vocabulary_statistics, search.target_logits
+
+    def planted(x, weight, *args, **kwargs):
+        tile = args[3]
+        if tile.stages == 2:
+            raise RuntimeError("out of resources")
+        found = run(x, weight, *args, **kwargs)
+        if tile.stages == 3:
+            found.normaliser[0, 0] += 1
+        return found
+
+    def gathered(*args):
+        return gather(*args) + (1e-6 if args[6].stages == 4 else 0)
+
+    monkeypatch.setattr(search, "vocabulary_statistics", planted)
+    monkeypatch.setattr(search, "target_logits", gathered)
+    found = search.search(x, weight, [TILE, other, failing, wrong, apart], keys=keys, rounds=3)
+    assert set(found) == {TILE, other}
+    assert all(seconds > 0 for seconds in found.values())
+    said = capsys.readouterr().err
+    assert "RuntimeError" in said
+    assert "wrong sums" in said
+    assert "a gathered target's logit" in said
+    with pytest.raises(RuntimeError, match=r"the built-in Tile.* does not work here"):
+        search.search(x, weight, [failing, TILE], keys=keys)
+
+
+def test_an_entry_is_used_for_what_it_was_measured_for_alone(tmp_path, monkeypatch):
+    path, mine = tmp_path / "tiles.json", replace(TILE, block_rows=32)
+    search.add_entry(path, entry_key(CPU, torch.float32, 32, "ieee", True), mine)
+    search.add_entry(path, entry_key(CPU, torch.float16, 48, "ieee", False), replace(TILE, block_depth=16))
+    assert len(json.loads(path.read_text())) == 2
+    assert statistics_tile(CPU, torch.float32, 32) == TILE
+    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
+    assert statistics_tile(CPU, torch.float32, 32) == mine
+    assert statistics_tile(CPU, torch.float32, 32, keys=False) == TILE
+    assert statistics_tile(CPU, torch.float32, 33) == TILE
+    assert statistics_tile(CPU, torch.bfloat16, 32) == TILE
+    assert statistics_tile(CPU, torch.float32, 32, "tf32") == TILE
+    assert entry_key(CPU, torch.float16, 32, "tf32", True) == entry_key(CPU, torch.float16, 32, "ieee", True)
+    monkeypatch.setattr(launch.triton, "__version__", "2.0")
+    assert statistics_tile(CPU, torch.float32, 32) == TILE
+
+
+def test_a_decode_uses_it(tmp_path, monkeypatch):
+    path, mine = tmp_path / "tiles.json", replace(TILE, block_rows=32)
+    search.add_entry(path, entry_key(CPU, torch.float32, 32, "ieee", True), mine)
+    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
+    head = Head(torch.randn(300, 32))
+    assert engine._tile(head, Query(frozenset(), top_k=3), "ieee").block_rows == 32
+
+
+@pytest.mark.parametrize(
+    "text", [None, "no json", "[1]", json.dumps({"a": 1}), json.dumps({"a": asdict(TILE) | {"b": 1}})]
+)
+def test_a_file_that_holds_none_is_named(text, tmp_path, monkeypatch):
+    path = tmp_path / "tiles.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
+    with pytest.raises(ValueError, match=r"TUNED_LENS_FAST_TILES: .*tiles\.json"):
+        statistics_tile(CPU, torch.float32, 32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(tmp_path, capsys):
+    assert search.main(["--d-model", "64", "--vocab", "100", "--out", str(tmp_path / "tiles.json")]) == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
