@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tuned_lens_fast import Unembed, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.chunked_pass import cannot_continue, reads_padding
 from tuned_lens_fast.models.model_end import Chain, Tail, model_inputs, name_of, stream_of, with_stream
 
 #: The version that docs/models.md is of.
@@ -39,9 +40,12 @@ types that are not here. A model that it cannot read is refused with the reason.
 - transform: *factor* before the head; *scale*, *softcap* and a *cut* of the vocabulary after it. Some types only have
   them with the settings that were chosen here.
 - stream: whether `residual_stream` and `decode_model` can follow the hidden states.
+- chunks: whether a prompt that takes several continues from the model's *cache*, or every chunk runs it *anew* from its
+  first token.
+- left padding: whether `decode_model` takes prompts that are padded on the left.
 
-| model type | norm | head | transform | lens | stream |
-|---|---|---|---|---|---|"""
+| model type | norm | head | transform | lens | stream | chunks | left padding |
+|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,23 @@ class Row:
     error: float = 0.0  #: of logits for random hidden states, of the largest logit
     stream_error: float = 0.0  #: of logits from residual_stream's last entry
     unlike_transformers: bool = False  #: residual_stream and transformers' hidden_states differ before the last
+    recomputes: str | None = None  #: why each chunk runs the whole prompt
+    misread: str | None = None  #: why padding on the left is refused
 
     def __str__(self) -> str:
         lens = "yes" if self.refused is None else f"no: {self.refused}"
         stream = "" if self.refused else "yes" if self.no_stream is None else f"no: {self.no_stream}"
-        return f"| {self.model_type} | {self.norm} | {self.head} | {self.transform} | {lens} | {stream} |"
+        chunks = padding = ""
+        if stream == "yes":
+            chunks = "cache" if self.recomputes is None else "anew"
+            padding = "yes" if self.misread is None else "no"
+        cells = (self.model_type, self.norm, self.head, self.transform, lens, stream, chunks, padding)
+        return f"| {' | '.join(cells)} |"
+
+
+#: A prompt for several chunks, and the mask that pads its first row on the left.
+LONG = torch.arange(5, 37).view(2, 16)
+LEFT = (torch.arange(16) >= torch.tensor([[4], [0]])).long()
 
 
 @functools.cache
@@ -93,6 +109,8 @@ def survey(model_type: str) -> Row:
         error=error,
         stream_error=_relative(unembed(stream[-1]), output.logits),
         unlike_transformers=not all(alike),
+        recomputes=cannot_continue(model, LONG, None, (5, 10, 15, 16)),
+        misread=reads_padding(model, LONG, LEFT),
     )
 
 

@@ -149,6 +149,19 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+@pytest.mark.parametrize("name", ["stats.json", "stats.txt", "STATS.JSONL"])
+def test_a_name_that_is_meant_for_a_file_is_no_folder(name, saved, tmp_path, capsys):
+    assert cli.main(["decode", str(saved[0]), TEXT, "--out", str(tmp_path / name)]) == 1
+    assert "wanted a name that ends in .safetensors, .csv, .parquet, or that of a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_case_of_a_suffix_does_not_matter(saved, tmp_path):
+    out = tmp_path / "STATS.CSV"
+    assert cli.main(["decode", str(saved[0]), TEXT, "--out", str(out)]) == 0
+    assert len(pandas.read_csv(out))
+
+
 def test_jsonl(saved, tmp_path, capsys):
     folder, model, tokenizer = saved
     texts = {"one": TEXT, "two": "short", "three": "straße 🙂" * 9}
@@ -415,7 +428,7 @@ def test_outputs_are_checked_before_the_work(folder, tmp_path, capsys, monkeypat
     find_spec = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name))
     assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "x.html")]) == 1
-    assert "pip install 'tuned-lens-fast[html]'" in capsys.readouterr().err
+    assert "pip install plotly" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "name"), [("--html", "x.html"), ("--out", "x.csv")])

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from all_models import DECODERS, OTHERS, UNBUILT
-from coverage_table import TRANSFORMERS, survey, table
+from all_models import DECODERS, OTHERS, UNBUILT, build
+from coverage_table import LEFT, LONG, TRANSFORMERS, survey, table
+
+from tuned_lens_fast import residual_stream
 
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"
 KNOWN = set(re.findall(r"^\| ([\w-]+) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
@@ -34,6 +37,19 @@ def test_logits_of_random_hidden_states(model_type):
     assert row.no_stream is None
     assert row.stream_error <= 1e-4
     assert row.unlike_transformers == (model_type in UNLIKE_TRANSFORMERS)
+    padded_alike(model_type, row)
+
+
+def padded_alike(model_type, row):
+    """Where padding on the left is taken, the layers' states are those of the prompt alone."""
+    if row.misread is not None:
+        assert re.search("padding on the left", row.misread)
+        return
+    model, pad = build(model_type), 4
+    alone = residual_stream(model, LONG[:1, pad:])
+    padded = residual_stream(model, LONG[:1], attention_mask=LEFT[:1])
+    for ours, wanted in zip(padded, alone, strict=True):
+        torch.testing.assert_close(ours[:, pad:], wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("model_type", sorted((OTHERS & KNOWN) - UNBUILT.keys()))

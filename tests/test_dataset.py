@@ -23,6 +23,7 @@ import tuned_lens_fast as tl
 from tuned_lens_fast import progress
 from tuned_lens_fast.data import fingerprint, parts
 from tuned_lens_fast.data.dataset import pack
+from tuned_lens_fast.engines import ENGINES
 
 LENGTHS = (70, 3, 1, 25, 24, 200)
 
@@ -186,7 +187,7 @@ def test_metadata(folder, tiny):
     for path in folder.glob("*.parquet"):
         made = json.loads(pq.read_metadata(path).metadata[parts.METADATA])
         assert made["model"] == type(tiny[0]).__name__
-        assert made["lens"] == "LogitLens"
+        assert re.fullmatch("LogitLens, [0-9a-f]{12}", made["lens"])
         assert made["tuned_lens_fast"] == tl.__version__
         assert made["torch"] == torch.__version__
         assert made["watch"] == [7]
@@ -246,7 +247,7 @@ def test_another_run_is_refused(tiny, lens, documents, tmp_path):
     edited.model.layers[1].mlp.up_proj.weight.data[0] += 1
     tuned = tl.TunedLens.from_model(model)
     with pytest.raises(
-        ValueError, match=r"out: .* holds a run with another lens \(LogitLens there, TunedLens here\); name"
+        ValueError, match=r"out: .* holds a run with another lens \(LogitLens, \w+ there, TunedLens, \w+ here\); name"
     ):
         again(lens=tuned)
     for changes, differs in (
@@ -266,6 +267,41 @@ def test_another_run_is_refused(tiny, lens, documents, tmp_path):
         with pytest.raises(ValueError, match=f"out: .*run holds a run with another {differs}"):
             again(**changes)
     again()
+
+
+def test_a_run_goes_on_with_the_engine_it_began_with(tiny, lens, documents, tmp_path, monkeypatch):
+    model, _ = tiny
+    out = tl.decode_documents(model, lens, documents, out=tmp_path / "run", engine="eager")
+    for part in sorted(out.glob("*.parquet"))[1:]:
+        part.unlink()
+    recorded = json.loads((out / "_run.json").read_text())["identity"]["engine"]
+    assert recorded == "eager"
+    tl.decode_documents(model, lens, documents, out=out)
+    assert len(pq.read_table(out)) == (LAYERS + 1) * sum(map(len, documents))
+    ids = tl.decode_model(model, lens, documents[0], out=tmp_path / "one", engine="eager")
+    tl.decode_model(model, lens, documents[0], out=ids)
+    if tl.engines()["native"] == "ok":
+        with pytest.raises(ValueError, match=r"another engine \(eager there, native here\)"):
+            tl.decode_documents(model, lens, documents, out=out, engine="native")
+        monkeypatch.setattr(type(ENGINES["eager"]), "unavailable", lambda *_: None)
+        monkeypatch.setattr(ENGINES["eager"], "unavailable", lambda *_: "gone", raising=False)
+        with pytest.raises(ValueError, match=r"another engine \(eager there, native here\)"):
+            tl.decode_documents(model, lens, documents, out=out)
+
+
+def test_verbose_tells_the_batches_and_what_is_there(tiny, lens, documents, tmp_path, caplog):
+    model, _ = tiny
+    with caplog.at_level("INFO", logger="tuned_lens_fast.data.dataset"):
+        out = tl.decode_documents(model, lens, documents, out=tmp_path / "run", chunk=6)
+        first = caplog.messages[:]
+        caplog.clear()
+        sorted(out.glob("*.parquet"))[0].unlink()
+        tl.decode_documents(model, lens, documents, out=out, chunk=6)
+    parts = len(list(out.glob("*.parquet")))
+    begun = rf"{len(documents)} documents in \d+ batches and {parts} parts of up to 6 positions, "
+    assert re.match(begun + "0 parts there", first[0])
+    assert "memory budget" in first[1]
+    assert re.match(begun + f"{parts - 1} parts there", caplog.messages[0])
 
 
 class Shouting:

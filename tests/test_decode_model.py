@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from all_models import build
 from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 
 import tuned_lens_fast as tl
@@ -117,6 +118,57 @@ def test_padding_changes_nothing_but_itself(model_type, side):
             torch.testing.assert_close(
                 getattr(row, name), getattr(own, name), atol=1e-3, rtol=1e-3, equal_nan=True, msg=name
             )
+
+
+@pytest.mark.parametrize("model_type", ["rwkv", "xlstm", "recurrent_gemma"])
+def test_models_that_read_padding_are_refused(model_type):
+    model = build(model_type)
+    lens, batch = tl.LogitLens.from_model(model), ids_of(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    tl.decode_model(model, lens, batch, attention_mask=mask)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match=r"attention_mask: .* padding on the left.*; pad on the right"):
+        tl.decode_model(model, lens, batch, attention_mask=mask)
+
+
+def test_a_model_that_ignores_its_mask_is_refused(llama, lens):
+    """However well the rest of it works: its rows would hold what it makes of the padding."""
+
+    class Unmasked(type(llama)):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None):
+            return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+    model = copy.copy(llama)
+    model.__class__ = Unmasked
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="attention_mask: Unmasked reads padding on the left: a trial of 5 tokens"):
+        tl.decode_model(model, lens, ids_of(1, 7), attention_mask=mask)
+    assert tl.decode_model(model, lens, ids_of(1, 7), attention_mask=mask.flip(1)).lse.isfinite().all()
+
+
+def test_a_head_inside_of_another_module(llama, lens):
+    class Around(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = copy.deepcopy(llama)
+    wanted = tl.decode_model(llama, lens, ids_of(6))
+    model.lm_head = Around(model.lm_head)
+    got = tl.decode_model(model, tl.LogitLens.from_model(model), ids_of(6))
+    torch.testing.assert_close(got.kl, wanted.kl)
+
+
+def test_a_copied_lens_of_a_model_that_cuts_its_vocabulary(recwarn):
+    model = build("inkling_text")
+    lens = copy.deepcopy(tl.LogitLens.from_model(model))
+    assert lens.unembed.head.vocab < model.get_output_embeddings().weight.shape[0]
+    assert tl.decode_model(model, lens, ids_of(6)).lse.isfinite().all()
+    assert not [warning for warning in recwarn if "unembedding" in str(warning.message)]
 
 
 def test_some_layers(llama, lens):

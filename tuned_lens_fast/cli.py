@@ -50,6 +50,8 @@ from tuned_lens_fast.stats import LensStats
 
 #: What each kind of result file needs that the package itself does not.
 _OUT_NEEDS = {".safetensors": (), ".csv": ("pandas",), ".parquet": ("pandas", "pyarrow")}
+#: Ends of names that are meant for a file, of a kind that is not written.
+_NO_FOLDER = {".json", ".jsonl", ".txt", ".tsv", ".xlsx", ".feather", ".arrow", ".npz", ".npy", ".pt", ".pkl", ".html"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -204,7 +206,7 @@ def _stats(text: str) -> list[str]:
 
 def _is_folder(out: Path | None) -> bool:
     """Whether ``--out`` names a folder, not a file."""
-    return out is not None and out.suffix not in _OUT_NEEDS
+    return out is not None and out.suffix.lower() not in _OUT_NEEDS
 
 
 def _decode(args: argparse.Namespace) -> None:
@@ -304,14 +306,19 @@ def _read_text(args: argparse.Namespace) -> str:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before any work, what could not be written after it."""
-    needs = {args.out: ("out", "data", _OUT_NEEDS.get(args.out.suffix, ("pyarrow",)))} if args.out else {}
+    needs = {args.out: ("out", _OUT_NEEDS.get(args.out.suffix.lower(), ("pyarrow",)))} if args.out else {}
     if args.html is not None:
-        needs[args.html] = ("html", "html", ("plotly",))
-    for path, (option, extra, packages) in needs.items():
+        needs[args.html] = ("html", ("plotly",))
+    for path, (option, packages) in needs.items():
         for package in packages:
             if importlib.util.find_spec(package) is None:
-                raise ModuleNotFoundError(f"{option}: needs {package}: pip install 'tuned-lens-fast[{extra}]'")
+                raise ModuleNotFoundError(f"{option}: needs {package}: pip install {package}")
         folder = option == "out" and _is_folder(path)
+        if folder and path.suffix.lower() in _NO_FOLDER:
+            raise ValueError(
+                f"out: got {path}, wanted a name that ends in {', '.join(_OUT_NEEDS)}, or that of a folder, without "
+                f"{path.suffix}"
+            )
         try:
             if path.is_dir() and not folder:
                 raise IsADirectoryError(None, "it is a folder")
@@ -412,7 +419,7 @@ def _token_id(tokenizer: Any, text: str) -> int:
 
 
 def _write_out(path: Path, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> None:
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         stats.save(path)
         return
     frame = stats.to_pandas(tokenizer)
@@ -420,7 +427,7 @@ def _write_out(path: Path, stats: LensStats, tokenizer: Any, input_ids: Tensor) 
     frame.insert(2, "token_id", read.numpy())
     frame.insert(3, "token", tokenizer.convert_ids_to_tokens(read.tolist()))
     with written_aside(path) as aside:
-        if path.suffix == ".csv":
+        if path.suffix.lower() == ".csv":
             frame.to_csv(aside, index=False)
         else:
             frame.to_parquet(aside, index=False)

@@ -129,7 +129,7 @@ class LensStats:
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("LensStats.to_pandas needs pandas: pip install tuned-lens-fast[data]") from error
+            raise ImportError("LensStats.to_pandas needs pandas: pip install pandas") from error
         host = self.to("cpu")
         shape = host.lse.shape
         columns: dict[str, Any] = {}

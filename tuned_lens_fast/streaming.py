@@ -20,7 +20,8 @@ from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.chunks import empty_answer, slices
 from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, Engine, Head, Norm, Query
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue
+from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
+from tuned_lens_fast.models.watching import linear_head
 from tuned_lens_fast.question import (
     check_boundaries,
     check_budget,
@@ -222,6 +223,10 @@ def prepare(
     if longest == 0:
         raise ValueError("attention_mask: it is 0 everywhere, so there are no tokens to run the model on")
     _check_length(model, longest)
+    if attention_mask is not None:
+        misread = reads_padding(model, input_ids, attention_mask)
+        if misread is not None:
+            raise ValueError(f"attention_mask: {misread}; pad on the right, or decode prompts of one length together")
     if boundaries is not None:
         ends = check_boundaries(boundaries, positions)
         chunk = max(end - start for start, end in zip((0, *ends), ends, strict=False))
@@ -268,13 +273,16 @@ def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 def _check_lens(model: Any, lens: Lens, blocks: int) -> None:
     """That the lens belongs to the model, as far as their shapes and heads tell."""
     head = lens.unembed.head
-    own_head = model.get_output_embeddings().weight
-    if own_head.data_ptr() == head.weight.data_ptr():
-        own_head = own_head[: head.vocab]  # some models cut their vocabulary after the head
+    own_head = linear_head(model).weight
+    cut = own_head[: head.vocab]  # some models cut their vocabulary after the head
+    itself = cut.shape == head.weight.shape and (
+        cut.data_ptr() == head.weight.data_ptr() or torch.equal(cut.to(head.weight), head.weight)
+    )
+    own_head = cut if itself else own_head
     for name, ours, its in zip(("vocabulary", "d_model"), head.weight.shape, own_head.shape, strict=True):
         if ours != its:
             raise ValueError(f"lens: its {name} is {ours}, the model's {its}; it belongs to another model")
-    if own_head.data_ptr() != head.weight.data_ptr() and not torch.equal(own_head.to(head.weight), head.weight):
+    if not itself:
         warnings.warn(
             "lens: its unembedding is not the model's; the last layer, and what is compared with it, are read with "
             "the lens's",

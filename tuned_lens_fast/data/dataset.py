@@ -21,7 +21,8 @@ from torch import Tensor
 import tuned_lens_fast
 from tuned_lens_fast import memory, progress
 from tuned_lens_fast.data import fingerprint
-from tuned_lens_fast.data.parts import Batch, run_folder
+from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
+from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.chunks import even, slices
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.question import check_ids, check_model, kind
@@ -107,7 +108,7 @@ def decode_documents(
         watch=watch,
         stats=stats,
         chunk=chunk,
-        engine=engine,
+        engine=_engine(engine, out, lens),
         memory_budget=memory_budget,
     )
 
@@ -141,6 +142,7 @@ def decode_to(
     The rows of the batch are the documents 0, 1, …, and their positions are counted without padding. Folder, columns
     and errors: see :func:`decode_documents`; arguments: see :func:`decode_model`.
     """
+    question["engine"] = _engine(question.get("engine", "auto"), out, lens)
     prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, chunk=chunk, **question)
     ids, mask, wanted = prepared.input_ids, prepared.attention_mask, prepared.targets
     wide = [None if values is None else values.to(torch.int64) for values in (ids, mask)]
@@ -198,9 +200,10 @@ def _decode(
         "watch": None if query.watch is None else query.watch.tolist(),
         "engine": prepared.engine.name,
     }
+    of = getattr(getattr(lens, "config", None), "base_model_name_or_path", None)
     called = {
         "model": model.config.name_or_path or type(model).__name__,
-        "lens": type(lens).__name__,
+        "lens": f"{type(lens).__name__}{f' of {of}' if of else ''}, {identity['lens'][:12]}",
     }
     made_with = {
         "tuned_lens_fast": tuned_lens_fast.__version__,
@@ -217,11 +220,16 @@ def _decode(
             found.append(Batch(numbers, ends, [layers * int(part.sum()) for part in parts]))
         return found
 
-    _log.info("%s", prepared.plan)
     # Parts are written while the next chunk runs: on a GPU that takes as long.
     with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
         missing = folder.unfinished()
         todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
+        planned = [size for batch in folder.batches for size in _sizes(batch.boundaries)]
+        _log.info(
+            "%d documents in %d batches and %d parts of up to %d positions, %d parts there already",
+            len(names), len(missing), len(planned), max(planned), len(planned) - sum(map(len, missing)),
+        )  # fmt: skip
+        told = None
         progress.expect(
             layers
             * sum(
@@ -247,6 +255,9 @@ def _decode(
                 engine=prepared.engine.name,
                 memory_budget=prepared.plan.budget,
             )
+            if told is None or told.chunk < prepared.plan.chunk:
+                told = prepared.plan
+                _log.info("%s", told)
             ids, real = ids.cpu(), _real(ids, mask)
             positions = real.cumsum(1) - 1
             documents = names.take(batch.documents)
@@ -259,6 +270,15 @@ def _decode(
         if written is not None:
             written.result()
     return folder.path
+
+
+def _engine(asked: str, out: str | os.PathLike[str], lens: Lens) -> str:
+    """What ``asked`` means for the folder: a run that is there goes on with its own engine, if that works here."""
+    recorded = recorded_engine(out) if asked == "auto" else None
+    weight = lens.unembed.head.weight if hasattr(lens, "unembed") else None
+    if recorded not in ENGINES or weight is None:
+        return asked
+    return asked if ENGINES[recorded].unavailable(weight.device, weight.dtype) else recorded
 
 
 def _positions_at_once(prepared: Prepared, positions: int) -> int:
@@ -316,7 +336,7 @@ def _check_names(ids: Sequence[str] | Sequence[int] | None, documents: int) -> p
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise ImportError("out: a data set needs pyarrow: pip install 'tuned-lens-fast[data]'") from error
+        raise ImportError("out: a data set needs pyarrow: pip install pyarrow") from error
     if ids is None:
         return pa.array(range(documents), pa.int64())
     held = list(ids)

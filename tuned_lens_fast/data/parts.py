@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.seam import NO_TARGET
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.files import sync_folder, written_aside
 from tuned_lens_fast.stats import LensStats
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def run_folder(
         batches = plan()
     try:
         path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
         lock = open(path / _LOCK, "ab")  # noqa: SIM115
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -186,6 +187,15 @@ def run_folder(
         _check_identity(path, manifest, identity, names)
         metadata = {"run": manifest["run"], **names, "watch": identity.get("watch"), **made_with}
         yield RunFolder(path, [Batch(**batch) for batch in manifest["batches"]], metadata)
+
+
+def recorded_engine(path: str | os.PathLike[str]) -> str | None:
+    """The engine of the run in the folder, as far as it can be read."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+        return str(manifest["identity"]["engine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def tidy(

@@ -125,6 +125,33 @@ def cannot_continue(
     return None
 
 
+@torch.no_grad()
+def reads_padding(model: Any, input_ids: Tensor, attention_mask: Tensor) -> str | None:
+    """Why padding on the left of this prompt ``[batch, positions]`` changes what ``model`` reads; None if it does not.
+
+    A few of the prompt's tokens are run with padding before them and without. They must reach the head alike, as in
+    :func:`cannot_continue`: some models with a recurrence ignore their mask, or only part of the model heeds it.
+    """
+    before = attention_mask.cumsum(1) == 0
+    row = int((before.sum(1) * attention_mask.any(1)).argmax())
+    padding = input_ids[row][before[row]][: _TRIAL + 1]
+    if not len(padding) or not attention_mask[row].any():
+        return None
+    tokens = input_ids[row][attention_mask[row].bool()][: 2 * _TRIAL]
+    mask = attention_mask.new_ones(1, len(padding) + len(tokens))
+    mask[:, : len(padding)] = 0
+    alone = ChunkedPass(model, (), tokens[None], None, cached=False)(slice(None))[1]
+    try:
+        padded = ChunkedPass(model, (), torch.cat([padding, tokens])[None], mask, cached=False)(slice(None))[1]
+    except Exception as error:  # whatever a model raises when it is asked for what it was not made for
+        return f"{type(model).__name__} cannot read padding on the left ({type(error).__name__}: {error})"
+    off = (padded[:, -len(tokens) :] - alone[:, -len(tokens) :]).float()
+    worst = (off.norm(dim=-1) / alone[:, -len(tokens) :].float().norm(dim=-1)).max().item()
+    if worst <= torch.finfo(alone.dtype).eps ** 0.5:
+        return None
+    return f"{type(model).__name__} reads padding on the left: a trial of {len(tokens)} tokens came out {worst:.1%} off"
+
+
 def _trial_prompt(input_ids: Tensor, attention_mask: Tensor | None, positions: int) -> tuple[Tensor, Tensor | None]:
     """Up to two rows of the prompt's tokens, padded where the prompt is: on the left by more than a chunk."""
     real = input_ids.flatten() if attention_mask is None else input_ids[attention_mask.bool()]

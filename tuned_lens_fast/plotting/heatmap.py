@@ -290,7 +290,7 @@ def heatmap_page(stats: LensStats, tokenizer: PreTrainedTokenizerBase, input_ids
         ModuleNotFoundError: plotly is not installed.
     """
     if importlib.util.find_spec("plotly") is None:
-        raise ModuleNotFoundError("the heatmap needs plotly: pip install 'tuned-lens-fast[html]'")
+        raise ModuleNotFoundError("the heatmap needs plotly: pip install plotly")
     colourings = [colouring for colouring in _COLOURINGS if getattr(stats, colouring.name) is not None]
     total = input_ids.shape[0]
     if stats.top_ids is None or not colourings or not total:
