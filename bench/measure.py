@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -102,21 +103,36 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Any]], rounds: dict[str, int], device: str
-) -> dict[str, list[float | None]]:
-    """Seconds of every round of each call, None where a call sat a round out.
+    calls: dict[str, Callable[[], Any]], rounds: dict[str, int], device: str, floor: str | None = None
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds of every round of each call, and their multiples of the floor's just before and after.
 
     The calls take turns, each round in an order of its own, so that a machine that warms up or is throttled treats all
-    alike; those with fewer rounds have them spread over the whole time.
+    alike, and none always follows the same other; those with fewer rounds have them spread over the whole time. The
+    call named ``floor`` runs between any two of the others, for a machine's speed may change within a round.
     """
     most = max(rounds.values(), default=0)
-    names = list(calls)
-    found: dict[str, list[float | None]] = {name: [] for name in names}
+    names = [name for name in calls if name != floor]
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+    shuffled = random.Random(most)
+    before = math.nan
     for turn in range(most):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            due = (turn + 1) * rounds[name] // most > turn * rounds[name] // most
-            found[name].append(timed(calls[name], device) if due else None)
+        shuffled.shuffle(names)
+        if floor is not None:
+            before = timed(calls[floor], device)
+            found[floor][0].append(before)
+        for name in names:
+            if (turn + 1) * rounds[name] // most <= turn * rounds[name] // most:
+                continue
+            seconds, ratios = found[name]
+            seconds.append(timed(calls[name], device))
+            if floor is not None:
+                after = timed(calls[floor], device)
+                found[floor][0].append(after)
+                ratios.append(2 * seconds[-1] / (before + after))
+                before = after
+    if floor is not None:
+        found[floor][1].extend(1.0 for _ in found[floor][0])
     return found
 
 
@@ -160,7 +176,8 @@ class ResidentPeak:
 def peak_growth(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
     """Bytes by which memory in use grows at most during ``call``, the answer included, and the answer.
 
-    On a CPU the resident peak, which Linux alone lets one reset; elsewhere None.
+    On a CPU the resident peak, which Linux alone lets one reset; elsewhere None. Meanwhile the allocator gives back
+    every MiB that is freed, so that what it would keep for later is not counted.
     """
     if device == "cuda":
         gc.collect()
@@ -171,9 +188,20 @@ def peak_growth(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
         answer = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, answer
-    peak = ResidentPeak()
-    answer = call()
-    return peak.growth(), answer
+    try:
+        _map_from(2**20)
+        peak = ResidentPeak()
+        answer = call()
+        return peak.growth(), answer
+    finally:
+        _map_from(2**25)  # what glibc itself goes up to
+
+
+def _map_from(size: int) -> None:
+    """Have glibc map allocations of this size and more by themselves."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

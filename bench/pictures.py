@@ -18,6 +18,7 @@ LOOKS = {
     "native": ("#D55E00", "o"),
     "triton": ("#CC3311", "D"),
     "eager": ("#E69F00", "s"),
+    "linear": ("#AAAAAA", ""),
     "product": ("#000000", ""),
     "product-tiles": ("#777777", ""),
     "loop": ("#0072B2", "^"),
@@ -28,7 +29,8 @@ LOOKS = {
     "cut-cross-entropy": ("#999933", ">"),
     "liger-kernel": ("#332288", "h"),
 }
-AXES = {"positions": "positions", "layers": "layers", "vocab": "tokens in the vocabulary"}
+FLOORS = ("linear", "product", "product-tiles")
+AXES = {"positions": "positions", "layers": "layers", "vocab": "tokens in the vocabulary", "threads": "threads"}
 
 
 def save(figure: Any, path: Path) -> None:
@@ -52,7 +54,7 @@ def growth(cases: list[dict[str, Any]], axis: str, ours: list[str], path: Path) 
             points = [point for point in points if point[1] is not None]
             if points:
                 colour, marker = LOOKS.get(name, ("#555555", "."))
-                floor = name.startswith("product")
+                floor = name in FLOORS
                 slope = f", {exponent(*zip(*points, strict=True)):.2f}" if len(points) > 2 else ""
                 panel.plot(
                     *zip(*points, strict=True),

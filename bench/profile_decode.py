@@ -59,8 +59,7 @@ def ceilings(dtype: torch.dtype, device: str, mib: int, rounds: int) -> dict[str
     calls: dict[str, Callable[[], Any]] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
     interleaved(calls, dict.fromkeys(calls, 1), device)
     times = {
-        name: min(s for s in some if s)
-        for name, some in interleaved(calls, dict.fromkeys(calls, rounds), device).items()
+        name: min(seconds) for name, (seconds, _) in interleaved(calls, dict.fromkeys(calls, rounds), device).items()
     }
     return {
         "operations_per_second": 2 * size**3 / times["product"],
@@ -109,8 +108,10 @@ def parts(problem: Problem, engine: Any, floors: list[str], rounds: int) -> dict
         **{contender.name: contender.prepare(problem) for contender in (product.ROWS, product.TILES)},
     }
     interleaved(calls, dict.fromkeys(calls, 1), problem.device.type)  # warms up
-    times = interleaved(calls, dict.fromkeys(calls, rounds), problem.device.type)
-    seconds = {name: median(s for s in some if s is not None) for name, some in times.items()}
+    times = interleaved(calls, dict.fromkeys(calls, rounds), problem.device.type, floors[-1])
+    beside = median(times[floors[-1]][0])
+    # Differences of times are small: each is its multiple of the product's beside it, and all are of one product.
+    seconds = {name: median(ratios) * beside for name, (_, ratios) in times.items()}
     floor = min(seconds[name] for name in floors)
     found = {"translators and norm": seconds["translators and norm"], "product": floor}
     before = floor
@@ -156,8 +157,8 @@ def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
             return model.base_model(ids, use_cache=False)
 
         forward()
-        times = interleaved({"model": forward}, {"model": options.rounds}, device)["model"]
-        result["model_seconds"] = median(s for s in times if s is not None)
+        times, _ = interleaved({"model": forward}, {"model": options.rounds}, device)["model"]
+        result["model_seconds"] = median(times)
     for name, engine in ENGINES.items():
         why = engine.unavailable(problem.device, problem.dtype)
         result["engines"][name] = {"why": why} if why else parts(problem, engine, floors, options.rounds)

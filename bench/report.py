@@ -7,6 +7,8 @@ comparison run another time. Nothing in the document is typed by hand.
 from __future__ import annotations
 
 import json
+import math
+import operator
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -26,11 +28,12 @@ PREFACE = """# Performance
 Written by `python bench/report.py` from the files in `bench/results`.
 
 Times are medians of interleaved rounds. *Over product*: divided by the time of the bare matrix product of all rows with
-the unembedding, the faster of its forms, in the same rounds; quartiles in parentheses. *rows/s*: layers x positions a
-second, at the largest size. *MiB*: growth of the peak of memory during a call, the answer included, for the sizes in
-turn. *Error*: the largest difference from float64 of any value, on a sample of rows, as a share of what this package
-promises (1e-4 + 1e-5 of the value; 5e-4 + 1e-4 of it for reverse_kl, js and tv); ranks and top ids must be right. A
-contender whose numbers are wrong is refused and not timed.
+the unembedding, the faster of its forms, just before and after; quartiles in parentheses. *rows/s*: layers x positions
+a second, at the largest size. *MiB*: growth of the peak of memory during a call, for the sizes in turn; the answer is
+part of it, what the allocator keeps for later is not. *Error*: the largest difference from float64 of any value, on a
+sample of rows, as a share of what this package promises (1e-4 + 1e-5 of the value; 5e-4 + 1e-4 of it for reverse_kl, js
+and tv); ranks and top ids must be right. *Over linear*: divided by the time of `F.linear` alone, which writes all
+logits to new memory. A contender whose numbers are wrong is refused and not timed.
 """
 
 
@@ -76,9 +79,8 @@ def same(cases: list[Result]) -> dict[tuple, list[Result]]:
 
 def varying(cases: list[Result]) -> str:
     """The size that differs between cases."""
-    return next(
-        (axis for axis in ("layers", "vocab", "positions") if len({case[axis] for case in cases}) > 1), "positions"
-    )
+    axes = ("layers", "vocab", "threads", "positions")
+    return next((axis for axis in axes if len({case[axis] for case in cases}) > 1), "positions")
 
 
 def comparison(result: Result, name: str, title: str, folder: Path) -> Iterator[str]:
@@ -88,7 +90,7 @@ def comparison(result: Result, name: str, title: str, folder: Path) -> Iterator[
     for (preset, asked), cases in same(result["cases"]).items():
         axis = varying(cases)
         case = cases[0]
-        sizes = {"layers": "layers", "positions": "positions", "vocab": "tokens"}
+        sizes = {"layers": "layers", "positions": "positions", "vocab": "tokens", "threads": "threads"}
         fixed = " x ".join(f"{case[size]:,} {word}" for size, word in sizes.items() if size != axis or len(cases) == 1)
         weights = "its own weights" if result["weights"] == "real" else "random weights"
         start = "" if result["start"] == "hidden" else ", from what the head receives"
@@ -105,12 +107,13 @@ def contenders(cases: list[Result], axis: str, ours: list[str]) -> Iterator[str]
     header = [""]
     for case in cases:
         header += [f"{case[axis]:,} {pictures.AXES[axis].split()[0]}: s", "over product"]
+    linear = "linear" in cases[0]["contenders"]
     rows = []
     for name in cases[0]["contenders"]:
         entries = [case["contenders"][name] for case in cases]
         bold = f"**{name}**" if name in ours else name
         if not any("seconds" in entry for entry in entries):
-            rows.append([bold, f"{entries[0]['status']}: {entries[0]['why']}", *[""] * (2 * len(cases) + 2)])
+            rows.append([bold, f"{entries[0]['status']}: {entries[0]['why']}", *[""] * (len(header) + 1 + linear)])
             continue
         last = next(entry for entry in reversed(entries) if "seconds" in entry)
         worst = [max(entry["errors_over_allowed"].values()) for entry in entries if entry.get("errors_over_allowed")]
@@ -122,9 +125,16 @@ def contenders(cases: list[Result], axis: str, ours: list[str]) -> Iterator[str]
                 number(last["rows_per_second"]),
                 ", ".join(number(peak / 2**20) for peak in peaks if peak is not None),
                 f"{max(worst):.2f}" if worst else "",
+                *([number(over_linear(cases[-1], name))] if linear else []),
             ]
         )
-    yield from table([*header, "rows/s", "MiB", "error"], rows)
+    yield from table([*header, "rows/s", "MiB", "error", *["over linear"] * linear], rows)
+
+
+def over_linear(case: Result, name: str) -> float:
+    """Median over that of F.linear alone, which writes all logits to new memory."""
+    medians = (case["contenders"][one].get("seconds", {}).get("median", math.nan) for one in (name, "linear"))
+    return operator.truediv(*medians)
 
 
 def seconds(entry: Result) -> str:
@@ -159,7 +169,7 @@ def growth(results: dict[str, Result]) -> Iterator[str]:
             "" if line["peaks"] is None else " to ".join(number(peak / 2**20) for peak in line["peaks"]),
         ]
         for line in sorted(lines, key=lambda line: line["axis"])
-        if line["contender"] not in ("product", "product-tiles")
+        if line["contender"] not in pictures.FLOORS
     ]
     yield from table(["", "from … to", "time", "memory", "MiB"], rows)
 
@@ -205,6 +215,33 @@ def profile(result: Result, name: str, folder: Path) -> Iterator[str]:
         pictures.roofline(result, folder / f"{name}-roofline.svg")
         yield f"![Parts of a decode]({folder.name}/{name}.svg)\n"
         yield f"![Roofline]({folder.name}/{name}-roofline.svg)\n"
+
+
+def long_contexts(result: Result, part: str) -> Iterator[str]:
+    """What a decode of a long prompt, or of many, needs at every number of positions."""
+    yield f"### {part}\n"
+    yield f"`{result['command']}`\n"
+    yield (
+        f"SmolLM2-135M, the model's own output and {result['layers']} layers: `{','.join(result['statistics'])}`, "
+        f"memory_budget {result['runs'][0]['budget'] / 2**20:.0f} MiB. *Peak*: growth of the resident peak beyond the "
+        "model and its cache; *outside*: the share of the time that is spent neither in the model's forward pass nor "
+        "in the engine.\n"
+    )
+    rows = [
+        [
+            f"{run['positions']:,}",
+            number(run["cache"] / 2**20),
+            "" if run["beyond_cache"] is None else number(run["beyond_cache"] / 2**20),
+            number(run["model_s"]),
+            number(run["engine_s"]),
+            f"{run['outside_share']:.2%}",
+            number(run["decode_ms_per_position"]),
+        ]
+        for run in result["runs"]
+    ]
+    header = ["positions", "cache, MiB", "peak, MiB", "model, s", "engine, s", "outside", "ms a position, model apart"]
+    yield from table(header, rows)
+    yield "What was planned: " + "; ".join(dict.fromkeys(run["plan"] for run in result["runs"])) + ".\n"
 
 
 def repeated(first: Path, second: Path) -> Iterator[str]:
@@ -286,7 +323,7 @@ def section(folder: Path, pictures_folder: Path) -> Iterator[str]:
         return
     device = measured[0]["device"]
     name = measured[0]["environment"]["gpu"]["name"] if device == "cuda" else measured[0]["environment"]["cpu"]["name"]
-    yield f"## On a {'GPU' if device == 'cuda' else 'CPU'}: {name}\n"
+    yield f"## {folder.name.replace('-', ' ')}: on a {'GPU' if device == 'cuda' else 'CPU'}, {name}\n"
     for words in dict.fromkeys(machine(result["environment"], device) for result in measured):
         yield f"{words}\n"
     what = {name: text for result in measured for name, text in result.get("what", {}).items()}
@@ -301,6 +338,8 @@ def section(folder: Path, pictures_folder: Path) -> Iterator[str]:
     for part, result in results.items():
         if result.get("kind") == "profile":
             yield from profile(result, f"{folder.name}-{part}", pictures_folder)
+        elif result.get("kind") == "long contexts":
+            yield from long_contexts(result, part.replace("-", " "))
         elif result.get("kind") == "gpu checks":
             yield from gpu_checks(result)
     again = folder.with_name(folder.name + AGAIN)

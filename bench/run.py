@@ -6,8 +6,8 @@
 
 All contenders get the same inputs and must give the numbers of float64 on a sample of rows before any is timed; one
 that does not is refused, one that cannot run says why. They take turns; times are medians with quartiles, and are told
-as multiples of the bare matrix product's in the same rounds. --suite runs the comparisons that docs/performance.md is
-made of (bench/report.py), each part in a process of its own, and goes on where it was stopped.
+as multiples of the bare matrix product's just before and after. --suite runs the comparisons that docs/performance.md
+is made of (bench/report.py), each part in a process of its own, and goes on where it was stopped.
 The exit status is 1 where an engine of this package fails, or errs by more than it promises.
 """
 
@@ -17,22 +17,24 @@ import argparse
 import gc
 import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import environment, exponent, interleaved, peak_growth, spread
+from measure import environment, exponent, interleaved, peak_growth, spread, timed
 from presets import BUDGET, PRESETS, Problem, problems, question
 from suites import FULL, SUITES
 
+from tuned_lens_fast.engines.native import has_amx
 from tuned_lens_fast.files import written_aside
 
 HERE = Path(__file__).parent
@@ -48,35 +50,55 @@ def measure(problem: Problem, contenders: list[Contender], options: argparse.Nam
     """What every contender did with one problem: name -> status, and its figures or why it has none."""
     device = problem.device.type
     expected = expect(problem, options.sample)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {contender.name: {} for contender in contenders}
     calls: dict[str, Callable[[], Any]] = {}
     rounds: dict[str, int] = {}
-    seconds: dict[str, list[float | None]] = {}
-    for contender in contenders:
+    quickest: dict[str, float] = {}
+    floor = None
+    for contender in sorted(contenders, key=lambda contender: not contender.floor):
+        beside = [timed(calls[floor], device)] if floor else []
         entry, call, once = admit(contender, problem, expected, options.patience)
         found[contender.name] = entry
         if call is None:
             continue
+        if once > options.patience and not contender.floor:
+            beside += [timed(calls[floor], device)] if floor else []
+            entry |= {"rounds": [once], "ratios": [once / statistics.mean(beside)] if beside else []}
+            continue
         calls[contender.name] = call
-        rounds[contender.name] = min(options.rounds, max(3, int(options.seconds / once)))
-        if once > options.patience:
-            del calls[contender.name]
-            seconds[contender.name] = [once]
-    seconds |= interleaved(calls, {name: rounds[name] for name in calls}, device)
+        rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
+        if contender.floor:
+            quickest[contender.name] = once
+            floor = min(quickest, key=quickest.__getitem__)
+    for name, (seconds, ratios) in interleaved(calls, rounds, device, floor).items():
+        found[name] |= {"rounds": seconds, "ratios": ratios}
     del calls
     gc.collect()
-    medians = {name: statistics.median(s for s in some if s is not None) for name, some in seconds.items()}
-    floors = {name: medians[name] for name in medians if CONTENDERS[name].floor}
-    floor = min(floors, key=floors.__getitem__, default=None)
-    for name, some in seconds.items():
-        entry, own = found[name], [s for s in some if s is not None]
-        entry["seconds"] = {**spread(own), "rounds": len(own)}
-        entry["rows_per_second"] = problem.rows / medians[name]
-        if floor is not None:
-            pairs = zip(some, seconds[floor], strict=False)
-            ratios = [s / f for s, f in pairs if s is not None and f is not None] if len(own) > 1 else []
-            entry["over_product"] = spread(ratios or [medians[name] / floors[floor]])
-    return {"floor": floor, "contenders": found}
+    return summed_up({"floor": floor, "contenders": found}, problem.rows)
+
+
+def summed_up(case: Case, rows: int) -> Case:
+    """Medians of the rounds that a case has had, put into it."""
+    for entry in case["contenders"].values():
+        if "rounds" in entry:
+            entry["seconds"] = {**spread(entry["rounds"]), "rounds": len(entry["rounds"])}
+            entry["rows_per_second"] = rows / entry["seconds"]["median"]
+        if entry.get("ratios"):
+            entry["over_product"] = spread(entry["ratios"])
+    return case
+
+
+def again(case: Case, other: Case, rows: int) -> Case:
+    """A case with the rounds of another pass over the same, and the larger peak."""
+    for name, entry in case["contenders"].items():
+        more = other["contenders"][name]
+        if "rounds" in entry and "rounds" in more:
+            entry["rounds"] += more["rounds"]
+            entry["ratios"] += more["ratios"]
+            peaks = [peak for peak in (entry.get("peak_extra_bytes"), more.get("peak_extra_bytes")) if peak is not None]
+            if peaks:
+                entry["peak_extra_bytes"] = max(peaks)
+    return summed_up(case, rows)
 
 
 def admit(
@@ -125,7 +147,7 @@ def exponents(cases: list[Case]) -> list[dict[str, Any]]:
         others = [size for size in SIZES if size != axis]
 
         def fixed(case: Case, others: list[str] = others) -> tuple:
-            return (case["preset"], case["statistics"], *(case[size] for size in others))
+            return (case["preset"], case["statistics"], case["threads"], *(case[size] for size in others))
 
         for _, group in itertools.groupby(sorted(cases, key=fixed), fixed):
             line = sorted(group, key=lambda case: case[axis])
@@ -152,15 +174,10 @@ def exponents(cases: list[Case]) -> list[dict[str, Any]]:
     return found
 
 
-def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    """All cases of one comparison, as what is written to its JSON file."""
-    contenders = [CONTENDERS[name] for name in options.contenders if name in CONTENDERS]
-    for name in options.contenders:
-        if name not in CONTENDERS:
-            print(f"no contender {name!r} here", file=sys.stderr)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    cases: list[Case] = []
-    for preset in options.preset:
+def every_case(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[tuple[Case, Problem]]:
+    """What is asked of which sizes, and the problem that this is."""
+    for threads, preset in itertools.product(options.threads or [torch.get_num_threads()], options.preset):
+        torch.set_num_threads(threads)
         shape = PRESETS[preset]
         inputs = {
             "dtype": dtype or (torch.float32 if options.device == "cpu" else shape.dtype),
@@ -169,23 +186,42 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             "start": options.start,
         }
         every = problems(preset, options.layers, options.positions, options.vocabulary, options.weights, **inputs)
-        for whole in every:
-            for asked in options.statistics:
-                problem = whole.asking(*question(asked))
-                case = {
-                    "preset": preset,
-                    "statistics": asked,
-                    "layers": problem.layers,
-                    "positions": problem.positions,
-                    "vocab": problem.head.vocab,
-                    "d_model": shape.d_model,
-                    "dtype": str(problem.dtype).removeprefix("torch."),
-                    "product_operations": 2 * problem.rows * problem.head.vocab * shape.d_model,
-                    **measure(problem, contenders, options),
-                }
+        for whole, asked in itertools.product(every, options.statistics):
+            problem = whole.asking(*question(asked))
+            case = {
+                "preset": preset,
+                "statistics": asked,
+                "layers": problem.layers,
+                "positions": problem.positions,
+                "vocab": problem.head.vocab,
+                "d_model": shape.d_model,
+                "dtype": str(problem.dtype).removeprefix("torch."),
+                "threads": threads,
+                "product_operations": 2 * problem.rows * problem.head.vocab * shape.d_model,
+            }
+            yield case, problem
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """All cases of one comparison, as what is written to its JSON file."""
+    contenders = [CONTENDERS[name] for name in options.contenders if name in CONTENDERS]
+    for name in options.contenders:
+        if name not in CONTENDERS:
+            print(f"no contender {name!r} here", file=sys.stderr)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    if options.fp32_precision:
+        torch.backends.mkldnn.matmul.fp32_precision = options.fp32_precision
+    cases: list[Case] = []
+    for number in range(options.passes):
+        for i, (case, problem) in enumerate(every_case(options, dtype)):
+            case |= measure(problem, contenders, options)
+            if number:
+                cases[i] = again(cases[i], case, problem.rows)
+            else:
                 cases.append(case)
-                show(case)
-                del problem
+            if number == options.passes - 1:
+                show(cases[i])
+            del problem
     return {
         "kind": "comparison",
         "command": command,
@@ -194,6 +230,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "weights": options.weights,
         "start": options.start,
         "budget": options.budget,
+        "fp32_precision": options.fp32_precision,
         "what": {contender.name: contender.what for contender in contenders},
         "ours": [contender.name for contender in contenders if contender.ours],
         "cases": cases,
@@ -210,6 +247,7 @@ def promises_broken(result: dict[str, Any]) -> list[str]:
     for case in result["cases"]:
         size = f"{case['preset']}, {case['layers']} x {case['positions']} x {case['vocab']}"
         held_to_it = case["dtype"] in ("float32", "float64") or result["start"] == "head"
+        held_to_it &= result["fp32_precision"] in (None, "ieee")  # less was asked for
         for name in result["ours"]:
             entry = case["contenders"][name]
             if entry["status"] in ("failed", "refused"):
@@ -224,7 +262,7 @@ def show(case: Case) -> None:
     """One case as a table in the terminal."""
     title = (
         f"{case['preset']}: {case['layers']} layers x {case['positions']} positions x {case['vocab']} tokens, "
-        f"d {case['d_model']}, {case['dtype']}; {case['statistics']}"
+        f"d {case['d_model']}, {case['dtype']}, {case['threads']} threads; {case['statistics']}"
     )
     header = ("", "s", "quartiles", "rounds", "over product", "rows/s", "MiB", "error")
     lines = []
@@ -269,13 +307,27 @@ def run_suite(name: str, folder: Path, parts: list[str], again: bool) -> int:
         if out.exists() and not again:
             print(f"{part}: already in {out}")
             continue
-        script, *arguments = shlex.split(SUITES[name][part])
-        print(f"{part}: python bench/{script} {shlex.join(arguments)}", flush=True)
+        words = shlex.split(SUITES[name][part])
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        settings, script, arguments = words[:at], words[at], words[at + 1 :]
+        print(f"{part}: {shlex.join([*settings, 'python', f'bench/{script}', *arguments])}", flush=True)
         start = time.perf_counter()
-        status = subprocess.run([sys.executable, HERE / script, *arguments, "--out", out]).returncode
+        variables = os.environ | dict(setting.split("=", 1) for setting in settings)
+        status = subprocess.run([sys.executable, HERE / script, *arguments, "--out", out], env=variables).returncode
         failed += status != 0
         print(f"{part}: {'done' if not status else f'failed ({status})'} in {time.perf_counter() - start:.0f} s\n")
     return failed
+
+
+def pointless(options: argparse.Namespace) -> str | None:
+    """Why what was asked for would measure nothing of its own here, or None."""
+    if options.fp32_precision not in (None, "ieee") and not has_amx():
+        return "--fp32-precision: fp32 is split on AMX alone, and there is none"
+    wanted = os.environ.get("TUNED_LENS_FAST_CPU")
+    flag = {"amx": "amx_bf16", "avx512": "avx512f", "avx2": "avx2"}.get(wanted or "")
+    if flag is not None and flag not in environment(options.device)["cpu"]["flags"]:
+        return f"TUNED_LENS_FAST_CPU={wanted}: this processor has no {flag}"
+    return None
 
 
 def ratios(path: Path) -> dict[tuple, float]:
@@ -286,7 +338,8 @@ def ratios(path: Path) -> dict[tuple, float]:
         if result.get("kind") != "comparison":
             continue
         for case in result["cases"]:
-            where = (file.stem, case["preset"], case["layers"], case["positions"], case["vocab"], case["statistics"])
+            sizes = (case[size] for size in (*SIZES, "threads"))
+            where = (file.stem, case["preset"], *sizes, case["statistics"])
             for name, entry in case["contenders"].items():
                 key = (*where, name)
                 if "over_product" in entry and name != case["floor"]:
@@ -333,12 +386,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--start", choices=("hidden", "head"), default="hidden", help="head: no translator, no norm")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of weights and hidden states; default: fp32 on a CPU, the model's on a GPU")
+    parser.add_argument("--threads", nargs="+", type=int, default=[], help="on a CPU, instead of PyTorch's choice")
+    parser.add_argument(
+        "--fp32-precision",
+        choices=("ieee", "tf32", "bf16"),
+        help="torch.backends.mkldnn.matmul.fp32_precision; of the native engine's products where there is AMX",
+    )
     parser.add_argument("--budget", type=int, default=BUDGET, help="bytes of scratch (default: 256 MiB)")
     parser.add_argument("--rounds", type=int, default=11, help="at most")
+    parser.add_argument("--seconds", type=float, default=4, help="of rounds for a contender and size")
+    parser.add_argument("--least", type=int, default=3, help="rounds, however long they take (default: 3)")
     parser.add_argument(
-        "--seconds", type=float, default=4, help="of rounds for a contender and size; at least 3 rounds"
+        "--passes", type=int, default=1, help="over all sizes, so that a machine's slower minutes meet all of them"
     )
-    parser.add_argument("--patience", type=float, default=6, help="seconds; a slower contender is called once")
+    parser.add_argument("--patience", type=float, default=10, help="seconds; a slower contender is called once")
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")
     parser.add_argument("--out", type=Path, help="JSON file to write, or the folder of a suite")
     parser.add_argument("--suite", choices=SUITES)
@@ -365,6 +426,10 @@ def main(arguments: list[str] | None = None) -> int:
         return compare(*options.compare)
     if options.suite:
         return run_suite(options.suite, options.out or HERE / "results" / options.suite, options.part, options.again)
+    why = pointless(options)
+    if why is not None:
+        print(f"not measured: {why}")
+        return 0
     result = run(options, command("run.py", arguments))
     if options.out:
         with written_aside(options.out) as aside:
@@ -376,9 +441,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def command(script: str, arguments: list[str]) -> str:
-    """The command as a reader would type it again, without where its result went."""
+    """The command as a reader would type it again, with the engine's own settings, without where its result went."""
+    settings = [f"{name}={value}" for name, value in os.environ.items() if name == "TUNED_LENS_FAST_CPU"]
     kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if "--out" not in (before, word)]
-    return f"python bench/{script} {shlex.join(kept)}"
+    return shlex.join([*settings, "python", f"bench/{script}", *kept])
 
 
 if __name__ == "__main__":

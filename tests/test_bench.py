@@ -1,6 +1,7 @@
 """The benchmarks themselves: wrong numbers are refused, nobody vanishes, and the document holds what was measured."""
 
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -243,13 +244,45 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert ran == ["profile_decode.py", "run.py"]
 
 
+def test_passes_add_up(tmp_path):
+    """Every pass has rounds of its own over all sizes."""
+    sizes = ["--positions", "2", "3", "4", "--contenders", "product", "eager", "--least", "1"]
+    result = go(tmp_path, *sizes, "--rounds", "2", "--passes", "3")
+    assert [case["positions"] for case in result["cases"]] == [2, 3, 4]
+    for case in result["cases"]:
+        for entry in case["contenders"].values():
+            assert 3 <= entry["seconds"]["rounds"] == len(entry["rounds"]) <= 6
+            assert entry["seconds"]["median"] == statistics.median(entry["rounds"])
+    assert {line["axis"] for line in result["exponents"]} == {"positions"}
+
+
+def test_threads_are_cases_of_their_own(tmp_path):
+    before = torch.get_num_threads()
+    result = go(tmp_path, "--positions", "2", "3", "4", "--contenders", "eager", "--threads", "1", "2")
+    torch.set_num_threads(before)
+    assert [(case["threads"], case["positions"]) for case in result["cases"]] == [
+        (threads, positions) for threads in (1, 2) for positions in (2, 3, 4)
+    ]
+    assert len(result["exponents"]) == 2
+
+
+def test_what_would_measure_nothing_of_its_own_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "has_amx", lambda: False)
+    out = tmp_path / "result.json"
+    assert run.main([*TINY, "--fp32-precision", "tf32", "--out", str(out)]) == 0
+    monkeypatch.setenv("TUNED_LENS_FAST_CPU", "amx")
+    monkeypatch.setattr(run, "environment", lambda device: {"cpu": {"flags": ["avx2"]}})
+    assert run.main([*TINY, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("not measured: ") == 2
+    assert not out.exists()
+
+
 def test_every_suite_can_be_parsed():
     for parts in SUITES.values():
         for line in parts.values():
-            script, *arguments = line.split()
-            if script == "run.py":
-                known = set(contenders.CONTENDERS) | {"native"}
-                assert set(run.parse(arguments).contenders) <= known
+            settings, _, arguments = line.partition(".py ")
+            if settings.split()[-1] == "run":
+                assert set(run.parse(arguments.split()).contenders) <= set(contenders.CONTENDERS)
 
 
 @pytest.mark.parametrize(
@@ -276,8 +309,26 @@ def test_the_interleaving():
     calls = {name: lambda name=name: turns.append(name) for name in "abc"}
     found = measure.interleaved(calls, {"a": 4, "b": 2, "c": 1}, "cpu")
     assert [turns.count(name) for name in "abc"] == [4, 2, 1]
-    assert {name: sum(s is not None for s in some) for name, some in found.items()} == {"a": 4, "b": 2, "c": 1}
-    assert {len(some) for some in found.values()} == {4}
+    assert {name: len(seconds) for name, (seconds, _) in found.items()} == {"a": 4, "b": 2, "c": 1}
+    assert not any(ratios for _, ratios in found.values())
+
+
+def test_the_floor_runs_between_any_two(monkeypatch):
+    """A machine that gets slower with every call: times differ, their multiples of the floor's beside them do not."""
+    turns = []
+
+    def timed(call, device):
+        call()
+        return (3 if turns[-1] == "b" else 1) * (100 + len(turns))
+
+    monkeypatch.setattr(measure, "timed", timed)
+    calls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    found = measure.interleaved(calls, {"a": 3, "b": 3, "c": 2}, "cpu", floor="a")
+    assert "bc" not in "".join(turns)
+    assert "cb" not in "".join(turns)
+    assert found["b"][1] == pytest.approx([3.0] * 3)
+    assert found["c"][1] == pytest.approx([1.0] * 2)
+    assert set(found["a"][1]) == {1.0}
 
 
 def test_memory_is_that_of_the_call():

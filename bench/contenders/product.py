@@ -30,6 +30,17 @@ def _prepare(at_once: int, width: int | None, problem: Problem) -> Callable[[], 
     return multiply
 
 
+def _into_new(problem: Problem) -> Callable[[], Answer]:
+    x, weight = head_inputs(problem), problem.head.weight
+
+    def multiply() -> Answer:
+        for rows in x.split(GPU_ROWS if problem.device.type == "cuda" else CPU_ROWS):
+            torch.nn.functional.linear(rows, weight)
+        return {}
+
+    return multiply
+
+
 def _by_rows(problem: Problem) -> Callable[[], Answer]:
     return _prepare(GPU_ROWS if problem.device.type == "cuda" else CPU_ROWS, None, problem)
 
@@ -38,6 +49,9 @@ def _by_tiles(problem: Problem) -> Callable[[], Answer]:
     return _prepare(*(GPU_TILE if problem.device.type == "cuda" else CPU_TILE), problem)
 
 
+LINEAR = Contender(
+    "linear", f"F.linear alone, {CPU_ROWS} rows at once ({GPU_ROWS:,} on a GPU), into new memory", _into_new, floor=True
+)
 ROWS = Contender("product", f"torch.mm alone, {CPU_ROWS} rows at once ({GPU_ROWS:,} on a GPU)", _by_rows, floor=True)
 TILES = Contender(
     "product-tiles",
