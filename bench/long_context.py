@@ -1,10 +1,12 @@
 """Long prompts in bounded memory, measured: what grows with the number of positions, and what decoding costs of each.
 
     python bench/long_context.py [--positions 2048,8192,32768,65536] [--layers 30] [--top-k 10] [--stats kl,entropy]
+    python bench/long_context.py --to-disk --positions 8192
 
 SmolLM2-135M reads one document as long as its context, and further ones one after another up to the positions asked
 for. Printed of each number of positions: by how much the resident peak grows beyond the model and its cache (Linux
-only), the seconds of the model's own forward pass, of the engine, and of everything else.
+only), the seconds of the model's own forward pass, of the engine, and of everything else. With --to-disk the rows are
+written as a data set, into a temporary folder, and that is part of everything else.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +28,8 @@ from presets import license_ids, real_model
 from run import command
 from torch import Tensor
 
-from tuned_lens_fast import LogitLens
-from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast import LogitLens, decode_documents
+from tuned_lens_fast.engines import ENGINES, choose
 from tuned_lens_fast.engines.seam import STATISTICS
 from tuned_lens_fast.files import written_aside
 from tuned_lens_fast.question import DEFAULT_MEMORY_BUDGET
@@ -115,6 +118,43 @@ def measured(
             }
 
 
+def written(
+    model: Any, documents: list[Tensor], wanted: list[int], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """All documents into a data set: what that took in all."""
+    lens, clock = LogitLens.from_model(model), Clock()
+    engine = choose(args.engine, torch.device("cpu"), torch.float32)
+    ENGINES[engine.name] = clock.timed(engine)
+    peak, start = ResidentPeak(), time.perf_counter()
+    with clock.watching(model), tempfile.TemporaryDirectory() as folder:
+        out = decode_documents(
+            model,
+            lens,
+            documents,
+            out=Path(folder, "run"),
+            layers=args.layers and range(args.layers),
+            top_k=args.top_k,
+            stats=args.stats,
+            engine=args.engine,
+            memory_budget=args.budget,
+        )
+        seconds, grown = time.perf_counter() - start, peak.growth()
+        size = sum(part.stat().st_size for part in out.glob("*.parquet"))
+    yield {
+        "positions": sum(map(len, documents)),
+        "plan": f"{size / 2**20:.1f} MiB of Parquet",
+        "budget": args.budget,
+        "cache": clock.cache,
+        "peak_growth": grown,
+        "beyond_cache": None if grown is None else grown - clock.cache,
+        "seconds": seconds,
+        "model_s": clock.model,
+        "engine_s": clock.engine,
+        "outside_share": 1 - (clock.model + clock.engine) / seconds,
+        "decode_ms_per_position": 1000 * (seconds - clock.model) / sum(map(len, documents)),
+    }
+
+
 def documents(text: Tensor, positions: int) -> list[Tensor]:
     """Documents of the text, so many positions in all."""
     whole, rest = divmod(positions, len(text))
@@ -130,6 +170,7 @@ def main() -> None:
     parser.add_argument("--stats", default=",".join(STATISTICS), help="(default: every statistic)")
     parser.add_argument("--engine", choices=["auto", *ENGINES], default="auto")
     parser.add_argument("--budget", type=int, default=DEFAULT_MEMORY_BUDGET, help="bytes (default: 256 MiB)")
+    parser.add_argument("--to-disk", action="store_true", help="write a data set, and read the last figure only")
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     args = parser.parse_args()
     args.stats = [name for name in args.stats.split(",") if name]
@@ -141,7 +182,8 @@ def main() -> None:
     # Shorter prompts by themselves; of whole documents, what the first ones took is read on the way to the last.
     runs = [[positions] for positions in wanted if positions not in whole] + [whole] * bool(whole)
     found = []
-    for row in (row for run in runs for row in measured(model, documents(text, run[-1]), run, args)):
+    measure = written if args.to_disk else measured
+    for row in (row for run in runs for row in measure(model, documents(text, run[-1]), run, args)):
         found.append(row)
         memory = "not measured" if row["beyond_cache"] is None else f"{row['beyond_cache'] / 2**20:.0f} MiB"
         print(row["plan"])

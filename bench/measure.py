@@ -198,10 +198,11 @@ def peak_growth(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
 
 
 def _map_from(size: int) -> None:
-    """Have glibc map allocations of this size and more by themselves."""
+    """Have glibc map allocations of this size and more by themselves, and keep twice as much of what is freed."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD, which glibc moves along until either is set
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

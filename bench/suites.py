@@ -9,7 +9,7 @@ LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,ent
 #: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
 #: The sweeps begin at 512 rows, a chunk of ours: with fewer the product itself is slower a row.
 ONE_WALK = "log_prob,rank,entropy,top_10"
-SWEPT = "--contenders product-tiles native eager loop --passes 3 --least 1 --seconds 0.5"
+SWEPT = "--contenders product-tiles native eager loop --passes 2 --least 1 --seconds 0.5"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 
 #: What the native engine is held against: x given, and the product alone as a user would write it.
@@ -20,7 +20,7 @@ HEAD_256 = f"run.py --preset smollm2-135m --start head --positions 256 --statist
 SUITES: dict[str, dict[str, str]] = {
     "cpu": {
         "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 32 64 128 "
-        f"--statistics {FULL} --least 5",
+        f"--statistics {FULL}",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 12 24 48 --statistics {FULL}",
         "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
         "--statistics log_prob,entropy --least 5",
@@ -45,7 +45,7 @@ SUITES: dict[str, dict[str, str]] = {
         "tuned-lens": f"run.py --preset smollm2-135m --weights real --positions 256 --statistics {FULL} "
         "--contenders product product-tiles native eager loop tuned-lens",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --start head --positions 1024 --statistics {FULL} "
-        "--contenders linear product-tiles native",
+        "--contenders linear product-tiles native --rounds 1 --least 1",
     },
     "gpu": {
         "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 "
