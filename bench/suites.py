@@ -19,14 +19,13 @@ HEAD_256 = f"run.py --preset smollm2-135m --start head --positions 256 --statist
 #: Suite -> part -> environment variables, the script and its arguments.
 SUITES: dict[str, dict[str, str]] = {
     "cpu": {
-        "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 32 64 128 "
-        f"--statistics {FULL}",
-        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 12 24 48 --statistics {FULL}",
+        "smollm2-135m": f"run.py --preset smollm2-135m --weights real --positions 32 64 128 --statistics {FULL}",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 8 16 32 --statistics {FULL}",
         "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
         "--statistics log_prob,entropy --least 5",
         "positions": "run.py --preset smollm2-135m --layers 4 --positions 128 256 512 1024 2048 "
         f"--statistics {ONE_WALK} {SWEPT}",
-        "layers": f"run.py --preset smollm2-135m --layers 4 8 16 32 64 --positions 128 --statistics {ONE_WALK} {SWEPT}",
+        "layers": f"run.py --preset smollm2-135m --layers 8 16 32 64 --positions 64 --statistics {ONE_WALK} {SWEPT}",
         "vocabulary": "run.py --preset smollm2-135m --layers 4 --positions 128 "
         f"--vocabulary 16384 32768 65536 131072 262144 --statistics {ONE_WALK} {SWEPT}",
         "every-statistic": f"run.py --preset smollm2-135m --positions 32 --statistics {EVERY} "

@@ -15,7 +15,7 @@ from torch import nn
 from toy_model import ToyModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_model, residual_stream
+from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.watching import Watched, close
 
@@ -511,6 +511,22 @@ def test_quantised_blocks(verify):
     model.lm_head = Quantised(model.lm_head)
     with pytest.raises(TypeError, match=r"its head is torch.int8.* leave it unquantised"):
         Unembed(model, verify=verify)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_blocks_quantised_by_pytorch(tmp_path):
+    """Modules that hold no weight of their own, read to the end: to statistics, and to disk."""
+    model, ids = tiny("llama"), torch.arange(5, 13)
+    wanted = decode_model(model, LogitLens.from_model(model), ids)
+    quantise = torch.ao.quantization.quantize_dynamic
+    quantise(model.model.layers, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    lens = LogitLens.from_model(model)
+    got = decode_model(model, lens, ids)
+    assert 0 < (got.entropy - wanted.entropy).abs().max() < 0.05
+    decode_documents(model, lens, [ids], out=tmp_path / "run")
+    quantise(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    with pytest.raises(ValueError, match=r"its head is a torch\.ao.*Linear, wanted an nn.Linear, and not a quant"):
+        Unembed(model)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the growth of the resident peak")

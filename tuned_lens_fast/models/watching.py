@@ -397,7 +397,8 @@ def linear_head(model: Any) -> nn.Linear:
         inside = [module for module in head.modules() if isinstance(module, nn.Linear)]
         head = inside[0] if len(inside) == 1 else head
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"model: its head is a {type(head).__name__}, wanted an nn.Linear")
+        found = f"{type(head).__module__}.{type(head).__name__}"
+        raise ValueError(f"model: its head is a {found}, wanted an nn.Linear, and not a quantised one")
     return head
 
 
