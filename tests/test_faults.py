@@ -162,7 +162,7 @@ def test_a_file_that_grows_too_large(tiny, undisturbed, tmp_path):
 def test_full_disk(writes, tiny, undisturbed, tmp_path, monkeypatch):
     """The disk is full when a file, the manifest's first, is to be flushed."""
     out = tmp_path / "run"
-    left = [2 * writes]  # a flush of the file, one of the folder
+    left = [1 + 2 * writes]  # of the folder's own name; of each file, and of its name
     fsync = os.fsync
 
     def full(handle):
