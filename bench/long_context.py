@@ -64,6 +64,25 @@ class Clock:
             for hook in hooks:
                 hook.remove()
 
+    def row(self, positions: int, seconds: float, grown: int | None, budget: int, plan: str) -> dict[str, Any]:
+        """What so many positions took.
+
+        ``grown``: by how much the resident peak; ``plan``: how they were cut, or what they became.
+        """
+        return {
+            "positions": positions,
+            "plan": plan,
+            "budget": budget,
+            "cache": self.cache,
+            "peak_growth": grown,
+            "beyond_cache": None if grown is None else grown - self.cache,
+            "seconds": seconds,
+            "model_s": self.model,
+            "engine_s": self.engine,
+            "outside_share": 1 - (self.model + self.engine) / seconds,
+            "decode_ms_per_position": 1000 * (seconds - self.model) / positions,
+        }
+
     def timed(self, engine: Any) -> Any:
         """``engine``, whose decodes are timed."""
         clock = self
@@ -102,20 +121,9 @@ def measured(
             positions += len(ids)
             if positions not in wanted:
                 continue
-            seconds, grown = time.perf_counter() - start, peak.growth()
-            yield {
-                "positions": positions,
-                "plan": str(prepared.plan),
-                "budget": prepared.plan.budget,
-                "cache": clock.cache,
-                "peak_growth": grown,
-                "beyond_cache": None if grown is None else grown - clock.cache,
-                "seconds": seconds,
-                "model_s": clock.model,
-                "engine_s": clock.engine,
-                "outside_share": 1 - (clock.model + clock.engine) / seconds,
-                "decode_ms_per_position": 1000 * (seconds - clock.model) / positions,
-            }
+            yield clock.row(
+                positions, time.perf_counter() - start, peak.growth(), prepared.plan.budget, str(prepared.plan)
+            )
 
 
 def written(
@@ -140,19 +148,7 @@ def written(
         )
         seconds, grown = time.perf_counter() - start, peak.growth()
         size = sum(part.stat().st_size for part in out.glob("*.parquet"))
-    yield {
-        "positions": sum(map(len, documents)),
-        "plan": f"{size / 2**20:.1f} MiB of Parquet",
-        "budget": args.budget,
-        "cache": clock.cache,
-        "peak_growth": grown,
-        "beyond_cache": None if grown is None else grown - clock.cache,
-        "seconds": seconds,
-        "model_s": clock.model,
-        "engine_s": clock.engine,
-        "outside_share": 1 - (clock.model + clock.engine) / seconds,
-        "decode_ms_per_position": 1000 * (seconds - clock.model) / sum(map(len, documents)),
-    }
+    yield clock.row(sum(map(len, documents)), seconds, grown, args.budget, f"{size / 2**20:.1f} MiB of Parquet")
 
 
 def documents(text: Tensor, positions: int) -> list[Tensor]:

@@ -241,7 +241,7 @@ def long_contexts(result: Result, part: str) -> Iterator[str]:
     ]
     header = ["positions", "cache, MiB", "peak, MiB", "model, s", "engine, s", "outside", "ms a position, model apart"]
     yield from table(header, rows)
-    yield "What was planned: " + "; ".join(dict.fromkeys(run["plan"] for run in result["runs"])) + ".\n"
+    yield "Planned, or written: " + "; ".join(dict.fromkeys(run["plan"] for run in result["runs"])) + ".\n"
 
 
 def repeated(first: Path, second: Path) -> Iterator[str]:

@@ -4,8 +4,6 @@
 
 constexpr int64_t kLanes = LANES;
 constexpr int64_t kBlock = 64;          // tokens that are compared with the k-th best at once
-constexpr float kExpFloor = -1000.0f;   // exp of less is 0; keeps 0 * (-inf) out of t
-constexpr float kLogFloor = -1e30f;     // stands for the logarithm of 0
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));

@@ -14,6 +14,8 @@
 namespace tuned_lens_fast {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kExpFloor = -1000.0f;  // exp of less is 0; keeps 0 * (-inf) out of t
+constexpr float kLogFloor = -1e30f;    // stands for the logarithm of 0
 constexpr int64_t kNoKey = std::numeric_limits<int64_t>::min();
 
 // Ordered as (logit, lower id first), like top_keys in tuned_lens_fast/engines/state.py.

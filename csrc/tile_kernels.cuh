@@ -16,8 +16,6 @@ constexpr int kHeld = 32;                    // logits that a thread holds in re
 constexpr int kStretch = kThreads * kHeld;   // and a block
 constexpr int kMostTop = 64;                 // keys of a row kept in the pass
 constexpr int64_t kMostKey = std::numeric_limits<int64_t>::max();
-constexpr float kLeastExponent = -1000.0f;   // exp of less is 0; keeps 0 * (-inf) out of t
-constexpr float kLeastLog = -1e30f;          // stands for the logarithm of 0
 
 struct TileArguments {
   float* z;
@@ -131,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       float d = held[i] - origin;
-      d = d < kLeastExponent ? kLeastExponent : d;
+      d = d < kExpFloor ? kExpFloor : d;
       const float e = expf(d);
       const bool one = d == 0.0f;
       ones += one;
@@ -144,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
     ones = across_block(ones, Sum(), room);
     weighted = across_block(weighted, Sum(), room);
     const float fall = m - origin;
-    const float shift = fall < kLeastExponent ? kLeastExponent : fall;
+    const float shift = fall < kExpFloor ? kExpFloor : fall;
     rescale = expf(shift);
     t = rescale * (t + s * shift) + weighted;
     s = rescale * s + (small + ones);
@@ -169,8 +167,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) compare_tiles(PairArguments
   float kl = 0, reverse_kl = 0, js = 0, tv = 0;
   for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
     float log_p = (z_p[i] - m_p) - log_s_p, log_q = (z_q[i] - m_q) - log_s_q;
-    log_p = log_p < kLeastLog ? kLeastLog : log_p;
-    log_q = log_q < kLeastLog ? kLeastLog : log_q;
+    log_p = log_p < kLogFloor ? kLogFloor : log_p;
+    log_q = log_q < kLogFloor ? kLogFloor : log_q;
     const float p = expf(log_p), q = expf(log_q), d = log_p - log_q;
     kl += p * d;
     reverse_kl -= q * d;
