@@ -2,12 +2,14 @@
 
 Of SmolLM2-135M's own hidden states: the largest difference from float64 of every statistic, as a share of what this
 package promises. The parts are multiplied by PyTorch's fp32 product, which is exact for products of bf16 numbers.
+It comes first, and then csrc/'s fp32 product for AVX2, on processors that it is for.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from functools import partial
 
 import torch
 from checking import expect, judge
@@ -15,7 +17,8 @@ from presets import BUDGET, problems, question
 from torch import Tensor
 
 from tuned_lens_fast.engines.eager import EagerEngine, Product
-from tuned_lens_fast.engines.native import bf16_parts
+from tuned_lens_fast.engines.native import has_fma
+from tuned_lens_fast.engines.products import FmaProduct, bf16_parts
 from tuned_lens_fast.engines.seam import Head
 
 #: Name -> parts of every number, and the most that the numbers of two parts that are multiplied add up to.
@@ -49,10 +52,12 @@ def main() -> None:
     (problem,) = problems("smollm2-135m", [], [args.positions], [], "real", **options)
     problem = problem.asking(*question("log_prob,rank,entropy,kl,top_10"))
     expected = expect(problem, args.sample)
-    for name, split in {"PyTorch's fp32": None, **SPLITS}.items():
+    products = {name: partial(SplitProduct, *split) for name, split in SPLITS.items()}
+    for name, product in {"PyTorch's fp32": Product, "AVX2's fp32": FmaProduct, **products}.items():
+        if product is FmaProduct and not has_fma():
+            continue
         engine = EagerEngine()
-        if split is not None:
-            engine.product = lambda head, hidden, split=split: SplitProduct(*split, head, hidden)  # type: ignore[method-assign]
+        engine.product = product  # type: ignore[method-assign]
         parts = (problem.hidden, problem.translators, problem.norm, problem.head, problem.query, problem.budget)
         verdict = judge(engine.decode(*parts), problem, expected)
         print(f"{name}:", verdict.wrong or ", ".join(f"{s} {e:.2f}" for s, e in verdict.errors.items()), flush=True)

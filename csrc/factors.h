@@ -5,6 +5,10 @@
 
 namespace tuned_lens_fast {
 
+// The bits of a number of 16.
+enum class Bf16 : uint16_t {};
+enum class Half : uint16_t {};
+
 template <typename Weight>  // float, or uint16_t for the bits of a bf16
 struct Factors {
   const uint16_t* x;  // bf16, [parts, rows, d_model] padded with zeros to multiples of 32
@@ -19,6 +23,28 @@ struct Factors {
   int64_t d_model;
   float* z;  // out: [rows, width]
   int64_t z_stride;
+};
+
+constexpr int64_t kPackedRows = 6;   // of x, side by side
+constexpr int64_t kMostDepth = 256;  // of a product whose sums stay in registers
+
+template <typename Weight>  // float, Bf16 or Half
+struct PackedFactors {
+  const float* x;  // [rows / 6, d_model, 6], padded with zeros
+  int64_t rows;    // without padding
+  const Weight* w;
+  int64_t w_stride;
+  int64_t width;  // tokens
+  int64_t d_model;
+  float* z;  // out: [rows, width]
+  int64_t z_stride;
+  int64_t group_rows;  // a multiple of 6: what of x a share takes
+
+  // d_model in even parts, each a multiple of 8.
+  int64_t depth() const {
+    const int64_t parts = (d_model + kMostDepth - 1) / kMostDepth;
+    return ((d_model + parts - 1) / parts + 7) / 8 * 8;
+  }
 };
 
 }  // namespace tuned_lens_fast

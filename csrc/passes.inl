@@ -34,6 +34,12 @@ static inline float sum(Floats lanes) {
   return total;
 }
 
+static inline int64_t sum(Ints lanes) {
+  int64_t total = 0;
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
 static inline float largest(Floats lanes) {
   float most = lanes[0];
   for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
@@ -50,7 +56,8 @@ static inline bool any(Ints mask) {
 
 // exp(x) for x <= 0; 0 below -87, NaN for NaN. Range reduction after Cody and Waite (1980).
 static inline Floats exp_nonpositive(Floats x) {
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // x / ln 2, rounded
+  const Floats shifted = x * 1.44269504f + 12582912.0f;  // x / ln 2, rounded, is in the lowest bits
+  const Floats n = shifted - 12582912.0f;
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats y = all(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
@@ -59,9 +66,10 @@ static inline Floats exp_nonpositive(Floats x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
-  // Out of range the exponent means nothing; the last line drops it.
-  const Floats bounded = n > -127.0f ? n : all(-127.0f);
-  const Ints exponent = (__builtin_convertvector(bounded, Ints) + 127) << 23;
+  // Out of range the power of two means nothing; the last line drops it.
+  Ints bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const Ints exponent = (bits << 23) + (127 << 23);
   Floats power;
   std::memcpy(&power, &exponent, sizeof power);
   return x < -87.0f ? Floats{} : y * power;
@@ -82,6 +90,40 @@ static inline Floats log1p_unit(Floats e) {
   return 2.0f * f * y;
 }
 
+// Sums over a tile's row. The likeliest tokens' ones are counted apart: beside a 1, what is small would be rounded away
+// term by term.
+struct Sums {
+  Floats s{}, t{};
+  Ints ones{};
+
+  // exp(z - origin) of these logits.
+  Floats add(Floats z, float origin) {
+    const Floats d = larger(all(kExpFloor), z - origin);  // NaN stays
+    const Floats e = exp_nonpositive(d);
+    const Ints likeliest = d == 0.0f;  // a true lane is -1
+    s += likeliest ? Floats{} : e;
+    t += e * d;
+    ones -= likeliest;
+    return e;
+  }
+};
+
+template <bool keep>
+static inline Sums sum_up(float* z, int64_t width, float origin) {
+  Sums sums, others;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
+    const Floats e = sums.add(load(z + i, kLanes), origin), next = others.add(load(z + i + kLanes, kLanes), origin);
+    if (keep) store(z + i, e, kLanes), store(z + i + kLanes, next, kLanes);
+  }
+  for (; i < width; i += kLanes) {
+    const Floats e = sums.add(load(z + i, width - i), origin);
+    if (keep) store(z + i, e, width - i);
+  }
+  sums.s += others.s, sums.t += others.t, sums.ones += others.ones;
+  return sums;
+}
+
 void add_tile(Row& row) {
   float* const z = row.z;
   const int64_t width = row.width;
@@ -90,10 +132,14 @@ void add_tile(Row& row) {
   float worst = row.top.k ? row.top.worst() : kInfinity;
   for (int64_t j = 0; j < width; j += kBlock) {
     Floats block_most = all(-kInfinity);
-    for (int64_t i = j; i < width && i < j + kBlock; i += kLanes) {
-      const Floats lanes = load(z + i, width - i);
+    const auto meet = [&](Floats lanes) {
       block_most = larger(lanes, block_most);
-      above += lanes > row.threshold;  // a true lane is -1
+      above -= lanes > row.threshold;
+    };
+    if (width - j >= kBlock) {
+      for (int64_t i = j; i < j + kBlock; i += kLanes) meet(load(z + i, kLanes));
+    } else {
+      for (int64_t i = j; i < width; i += kLanes) meet(load(z + i, width - i));
     }
     most = larger(block_most, most);
     if (row.top.k && (!row.top.full() || any(block_most > worst))) {
@@ -101,31 +147,17 @@ void add_tile(Row& row) {
       worst = row.top.worst();
     }
   }
-  row.larger = 0;
-  for (int i = 0; i < kLanes; ++i) row.larger -= above[i];
+  row.larger = sum(above);
 
   const float tile_m = largest(most);
   const float m = tile_m > row.m ? tile_m : row.m;
   const float origin = m == -kInfinity ? 0.0f : m;
-  // The likeliest tokens' ones are counted apart: beside a 1, what is small would be rounded away term by term.
-  Floats s{}, t{};
-  Ints ones{};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    Floats d = load(z + i, width - i) - origin;
-    d = d < kExpFloor ? all(kExpFloor) : d;
-    const Floats e = exp_nonpositive(d);
-    s += d == 0.0f ? Floats{} : e;
-    ones += d == 0.0f;
-    t += e * d;
-    if (row.keep) store(z + i, e, width - i);
-  }
+  const Sums sums = row.keep ? sum_up<true>(z, width, origin) : sum_up<false>(z, width, origin);
   const float fall = row.m - origin;
   const float shift = fall < kExpFloor ? kExpFloor : fall;
   row.rescale = std::exp(shift);
-  row.t = row.rescale * (row.t + row.s * shift) + sum(t);
-  float likeliest = 0;
-  for (int i = 0; i < kLanes; ++i) likeliest -= ones[i];
-  row.s = row.rescale * row.s + (sum(s) + likeliest);
+  row.t = row.rescale * (row.t + row.s * shift) + sum(sums.t);
+  row.s = row.rescale * row.s + (sum(sums.s) + sum(sums.ones));
   row.m = m;
 }
 

@@ -1,5 +1,6 @@
-// A tile's logits on processors with AMX, whose bf16 products are so fast that fp32 is best taken as several of them.
-// Elsewhere `has_amx` says so, and the engine leaves products to PyTorch.
+// A tile's logits: on processors with AMX, whose bf16 products are so fast that fp32 is best taken as several of them;
+// on those with AVX2 and nothing wider, from weights of any dtype. `has_amx` and `has_fma` say where; elsewhere the
+// engine leaves products to PyTorch.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +15,7 @@
 #include "factors.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define AMX
+#define OWN_PRODUCTS
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -24,7 +25,13 @@
 namespace tuned_lens_fast {
 namespace {
 
-#ifdef AMX
+#ifdef OWN_PRODUCTS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace fma {
+#include "fma.inl"
+}  // namespace fma
+#pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 namespace amx {
@@ -32,9 +39,22 @@ namespace amx {
 }  // namespace amx
 #pragma GCC pop_options
 
+// TUNED_LENS_FAST_CPU, the most that may be used; empty where the processor decides.
+const char* wanted() {
+  const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
+  return most ? most : "";
+}
+
+// Where a processor has wider units, PyTorch's product uses them.
+bool find_fma() {
+  const bool forced = std::strcmp(wanted(), "avx2") == 0;
+  return (forced || (!*wanted() && !__builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
 // The processor has it, and the system lets this process use its registers.
-bool usable() {
-  if (const char* const most = std::getenv("TUNED_LENS_FAST_CPU"); most && std::strcmp(most, "amx") != 0) return false;
+bool find_amx() {
+  if (*wanted() && std::strcmp(wanted(), "amx") != 0) return false;
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
@@ -49,12 +69,22 @@ namespace amx {
 template <typename Weight>
 void product(const Factors<Weight>&, int64_t, int64_t) {}
 }  // namespace amx
+namespace fma {
+template <typename Weight>
+void product(const PackedFactors<Weight>&, int64_t, int64_t) {}
+}  // namespace fma
 
-bool usable() { return false; }
+bool find_fma() { return false; }
+bool find_amx() { return false; }
 #endif
 
+bool has_fma() {
+  static const bool found = find_fma();
+  return found;
+}
+
 bool has_amx() {
-  static const bool found = usable();
+  static const bool found = find_amx();
   return found;
 }
 
@@ -91,18 +121,56 @@ void amx_product(Tensor x, Tensor weight, int64_t most, Tensor z) {
   split ? run<float>(x, weight, most, z) : run<uint16_t>(x, weight, most, z);
 }
 
+template <typename Weight>
+void run(const Tensor& x, const Tensor& weight, Tensor& z) {
+  const int64_t rows = z.size(0), width = z.size(1), panels = (width + 15) / 16, packs = x.size(0);
+  // Threads share the tokens; where there are more of them than panels of W, the rows as well.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t groups = std::clamp<int64_t>(panels ? (threads + panels - 1) / panels : 1, 1, std::max<int64_t>(1, packs));
+  const int64_t each = (packs + groups - 1) / groups;
+  const PackedFactors<Weight> factors{
+      x.const_data_ptr<float>(), rows, static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), width,
+      weight.size(1), z.mutable_data_ptr<float>(), z.stride(0), each * kPackedRows};
+  const int64_t shares = each ? (packs + each - 1) / each * panels : 0;
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) { fma::product(factors, begin, end); });
+}
+
+// x fp32 [packs, d_model, 6], the rows of a pack side by side, with zeros for those there are not; weight
+// [width, d_model] in fp32, bf16 or fp16; z [rows, width].
+void fma_product(Tensor x, Tensor weight, Tensor z) {
+  STD_TORCH_CHECK(has_fma(), "fma_product: it is for processors with AVX2 and nothing wider");
+  STD_TORCH_CHECK(
+      x.dim() == 3 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.size(2) == kPackedRows,
+      "fma_product: x has to be contiguous fp32 [packs, d_model, 6]");
+  STD_TORCH_CHECK(
+      weight.dim() == 2 && z.dim() == 2 && (weight.size(1) < 2 || weight.stride(1) == 1) &&
+          (z.size(1) < 2 || z.stride(1) == 1) && weight.size(0) == z.size(1) && weight.size(1) == x.size(1) &&
+          (z.size(0) + kPackedRows - 1) / kPackedRows == x.size(0),
+      "fma_product: weight has to be [width, d_model] and z [rows, width], each row contiguous");
+  switch (weight.scalar_type()) {
+    case ScalarType::Float: return run<float>(x, weight, z);
+    case ScalarType::BFloat16: return run<Bf16>(x, weight, z);
+    case ScalarType::Half: return run<Half>(x, weight, z);
+    default: STD_TORCH_CHECK(false, "fma_product: weight has to be fp32, bf16 or fp16");
+  }
+}
+
 }  // namespace
 }  // namespace tuned_lens_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
+  library.def("has_fma() -> bool");
+  library.def("fma_product(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
   library.def("has_amx() -> bool");
   library.def("amx_product(Tensor x, Tensor weight, int most, Tensor(a!) z) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {
+  library.impl("has_fma", TORCH_BOX(&tuned_lens_fast::has_fma));
   library.impl("has_amx", TORCH_BOX(&tuned_lens_fast::has_amx));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CPU, library) {
+  library.impl("fma_product", TORCH_BOX(&tuned_lens_fast::fma_product));
   library.impl("amx_product", TORCH_BOX(&tuned_lens_fast::amx_product));
 }

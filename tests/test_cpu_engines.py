@@ -17,12 +17,18 @@ BUDGET = 256 * 2**20
 ENGINE = EagerEngine()
 
 
-@pytest.fixture(autouse=True, params=["eager", "native", "native-amx"])
+@pytest.fixture(autouse=True, params=["eager", "native", "native-torch", "native-amx"])
 def engine(request, monkeypatch):
-    """Every test here runs with both, and with the native engine's products on AMX, in software where there is none."""
-    name, _, amx = request.param.partition("-")
+    """Every test here runs with both, and of the native engine with each of its products.
+
+    Those are the one that it takes here, PyTorch's, and AMX's, in software where there is none.
+    """
+    name, _, product = request.param.partition("-")
     reason = ENGINES[name].unavailable(torch.device("cpu"))
-    if reason is None and amx and not native.has_amx():
+    if product == "torch":
+        monkeypatch.setattr(native, "has_amx", lambda: False)
+        monkeypatch.setattr(native, "has_fma", lambda: False)
+    if reason is None and product == "amx" and not native.has_amx():
         if emulated.COMPILER is None:
             reason = "there is no AMX here, and no GCC to do without"
         monkeypatch.setattr(native, "has_amx", lambda: True)
@@ -384,9 +390,9 @@ def test_non_contiguous_inputs_and_the_same_bits_twice():
 @settings(max_examples=60, deadline=None)
 def test_any_shape(layers, positions, d_model, vocab, spread, softcap, budget, seed):
     case = inputs(layers, positions, d_model, vocab, spread=spread, softcap=softcap, seed=seed)
-    _, _, _, head, query = case
+    _, translators, norm, head, query = case
     try:
-        plan(layers, positions, d_model, head, query, 4, budget)
+        ENGINE.plan(layers, positions, torch.float32, translators, norm, head, query, budget)
     except ValueError:
         budget = BUDGET
     check(*case, budget=budget)
@@ -422,7 +428,8 @@ def test_a_wrong_tile_fails():
     """The reference is honest: an engine that forgets one tile, or counts one twice, is found out."""
 
     case = inputs(2, 20, 32, 5000)
-    Product = type(ENGINE.product(case[3], torch.float32))
+    product = ENGINE.product
+    Product = type(product(case[3], torch.float32))
 
     class Forgetful(Product):
         def tiles(self, width):
@@ -434,8 +441,14 @@ def test_a_wrong_tile_fails():
             return [*tiles, tiles[0]]
 
     for wrong in (Forgetful, Repeating):
+
+        def made_wrong(head, hidden, wrong=wrong):
+            made = product(head, hidden)
+            made.__class__ = wrong
+            return made
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(ENGINE), "product", lambda self, head, hidden, wrong=wrong: wrong(head, hidden))
+            patch.setattr(ENGINE, "product", made_wrong)
             with pytest.raises(AssertionError):
                 check(*case)
 

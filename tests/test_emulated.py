@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
-from tuned_lens_fast.engines.native import MOST_IN_PASS, bf16_parts
+from tuned_lens_fast.engines.eager import Product
+from tuned_lens_fast.engines.native import MOST_IN_PASS
+from tuned_lens_fast.engines.products import AmxProduct, bf16_parts
 from tuned_lens_fast.engines.seam import Norm
 from tuned_lens_fast.engines.state import EXP_FLOOR, NO_KEY, State, split_keys
 
@@ -89,6 +91,7 @@ class TestAmx:
     def test_the_plan_counts_what_the_product_needs(self, monkeypatch):
         asked = problem(torch.float32, 4096, 3000, "cpu", top_k=1)
         cut = []
+        monkeypatch.setattr(native, "has_fma", lambda: False)
         for amx in (False, True):
             monkeypatch.setattr(native, "has_amx", lambda amx=amx: amx)
             sizes = (2, 6, torch.float32, [None, None], Norm("identity"), asked.head, asked.query, 2**28)
@@ -125,9 +128,13 @@ class TestAmx:
         monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision=precision))
         head = problem(torch.float32, 40, 100, "cpu").head
         head = dataclasses.replace(head, weight=head.weight.to(dtype))
-        assert ENGINES["native"].product(head, dtype).split is None or native.has_amx()
+        monkeypatch.setattr(native, "has_fma", lambda: False)
+        monkeypatch.setattr(native, "has_amx", lambda: False)
+        assert type(ENGINES["native"].product(head, dtype)) is Product
         monkeypatch.setattr(native, "has_amx", lambda: True)
-        assert ENGINES["native"].product(head, dtype).split == split
+        product = ENGINES["native"].product(head, dtype)
+        assert isinstance(product, AmxProduct) == (split is not None)
+        assert split is None or (product.parts, product.most) == split
 
 
 def running(rows, k):

@@ -114,6 +114,15 @@ def test_a_decode_compiles_without_a_graph_break():
         torch.testing.assert_close(compiled(*hidden)[name], value, msg=name)
 
 
+@pytest.mark.skipif(native.has_amx(), reason="this processor has AMX, so that the test above is of its product")
+def test_a_decode_on_amx_compiles_up_to_the_missing_unit(monkeypatch):
+    hidden, head, query = problem()
+    monkeypatch.setattr(native, "has_amx", lambda: True)
+    compiled = torch.compile(lambda *h: decode(list(h), head, query), fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="no AMX"):
+        compiled(*hidden)
+
+
 def test_the_number_of_threads_changes_nothing():
     # PyTorch's own products may be summed in another order by more threads; what is made of z may not.
     z = torch.randn(201, 3001)

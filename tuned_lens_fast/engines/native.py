@@ -2,8 +2,8 @@
 
 The work is cut and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
 tile's statistics in one pass, for a few per cent of the product's time. On a CPU no tile leaves the cache, so that the
-whole costs less than the bare product that writes all logits to memory; where there is AMX, csrc/ has the product as
-well. On a GPU the tile is in the engine's scratch.
+whole costs less than the bare product that writes all logits to memory; for most processors csrc/ has the product as
+well (products.py). On a GPU the tile is in the engine's scratch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.eager import EagerEngine, Product, Reference
+from tuned_lens_fast.engines.products import FMA_DTYPES, AmxProduct, FmaProduct, bf16_split
 from tuned_lens_fast.engines.seam import Head
 from tuned_lens_fast.engines.state import NO_KEY, State, largest_keys, tile_top_keys
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
-#: Rows and columns that AMX's registers hold; x is padded to multiples of it.
-AMX_BLOCK = 32
 #: How a build that says what fails is had.
 _BUILD = "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
 
@@ -43,7 +42,7 @@ def _load(library: str, wants: str, operators: Sequence[str]) -> str | None:
 
 
 #: Why the engine works nowhere; None where it does.
-MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "amx_product"))
+MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "fma_product"))
 
 
 @functools.cache
@@ -67,6 +66,7 @@ if MISSING is None:
 
     @torch.library.register_fake("tuned_lens_fast::tile_pass")
     @torch.library.register_fake("tuned_lens_fast::tile_divergences")
+    @torch.library.register_fake("tuned_lens_fast::fma_product")
     @torch.library.register_fake("tuned_lens_fast::amx_product")
     def _writes_only(*_: Any) -> None:
         """All write into tensors they are given."""
@@ -79,75 +79,15 @@ def has_amx() -> bool:
 
 
 @torch.compiler.assume_constant_result
+def has_fma() -> bool:
+    """Whether products can run on this processor's AVX2 unit, and have no wider one to run on."""
+    return MISSING is None and torch.ops.tuned_lens_fast.has_fma()
+
+
+@torch.compiler.assume_constant_result
 def fp32_precision() -> str:
     """What PyTorch is told about fp32 products on CPUs."""
     return torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-
-
-class NativeProduct(Product):
-    """The product on AMX where there is one, in as many bf16 products as the dtype and the caller want.
-
-    bf16 takes one, fp16 four (and is exact). Of fp32, ``torch.backends.mkldnn.matmul.fp32_precision`` says what is
-    wanted: "none", the default, takes six and is as exact as PyTorch's own product; "tf32" and "bf16", or
-    ``torch.set_float32_matmul_precision("high")``, take three, with about 16 bits; "ieee" leaves it to PyTorch.
-    """
-
-    def __init__(self, head: Head, hidden: torch.dtype) -> None:
-        super().__init__(head, hidden)
-        dtype = head.weight.dtype
-        #: Parts of every number, and the most that the numbers of two parts may add up to; None: PyTorch's product.
-        self.split: tuple[int, int] | None = {
-            torch.bfloat16: (1, 0),
-            torch.float16: (2, 2),
-            torch.float32: {"none": (3, 2), "ieee": None}.get(fp32_precision(), (2, 1)),
-        }.get(dtype)
-        if head.weight.device.type != "cpu" or not has_amx():
-            self.split = None
-        if self.split is not None:
-            self.operand = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        self._recent: list[tuple[Tensor, Tensor]] = []
-
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.split is None:
-            return super().multiply(x, weight)
-        parts, most = self.split
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        z = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-        torch.ops.tuned_lens_fast.amx_product(self._parts_of(x, parts), weight, most, z)
-        return z
-
-    def scratch(self, rows: int, tile: int) -> int:
-        if self.split is None:
-            return 0
-        blocks, d_model = -(-tile // AMX_BLOCK), _padded(self.head.weight.shape[1])
-        # Of the rows and of the reference: x and its parts. Of every thread: a block of W in its parts.
-        x = 2 * _padded(rows) * d_model * (4 + 2 * self.split[0])
-        weight = min(torch.get_num_threads(), blocks) * 2 * AMX_BLOCK * d_model * self.split[0]
-        return x + weight + tile * d_model * 4 * (self.head.weight.stride(1) != 1)
-
-    def _parts_of(self, x: Tensor, count: int) -> Tensor:
-        """:func:`bf16_parts` of x, which is multiplied by one tile after another; so may the reference be."""
-        for known, parts in self._recent:
-            if known is x:
-                return parts
-        parts = bf16_parts(x, count)
-        self._recent = [*self._recent[-1:], (x, parts)]
-        return parts
-
-
-def _padded(size: int) -> int:
-    return -(-size // AMX_BLOCK) * AMX_BLOCK
-
-
-def bf16_parts(x: Tensor, count: int) -> Tensor:
-    """x ``[rows, d_model]`` as a sum of bf16 ``[count, rows, d_model]``, padded with zeros for AMX's registers."""
-    rows, d_model = map(_padded, x.shape)
-    parts = x.new_zeros(count, rows, d_model, dtype=torch.bfloat16)
-    inside = parts[:, : x.shape[0], : x.shape[1]]
-    for part in inside:
-        part.copy_(x)
-        x = x - part
-    return parts
 
 
 class NativeEngine(EagerEngine):
@@ -162,8 +102,13 @@ class NativeEngine(EagerEngine):
             return missing_on_cuda(device.index)
         return "it runs on CPUs and NVIDIA GPUs; use engine='eager'"
 
-    def product(self, head: Head, hidden: torch.dtype) -> NativeProduct:
-        return NativeProduct(head, hidden)
+    def product(self, head: Head, hidden: torch.dtype) -> Product:
+        on_cpu = head.weight.device.type == "cpu"
+        if on_cpu and has_amx() and (split := bf16_split(head.weight.dtype, fp32_precision())):
+            return AmxProduct(head, hidden, *split)
+        if on_cpu and has_fma() and head.weight.dtype in FMA_DTYPES:
+            return FmaProduct(head, hidden)
+        return Product(head, hidden)
 
     def _walk(
         self,
