@@ -102,14 +102,39 @@ def timed(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def confidence(values: Sequence[float]) -> tuple[float, float]:
+    """Between which values the median of all possible ones lies, 19 times out of 20, whatever their distribution.
+
+    Of fewer than six values nothing can be said. After Conover (1999), "Practical nonparametric statistics".
+    """
+    count, outside, rank = len(values), 0.0, 0
+    while (outside := outside + math.comb(count, rank) / 2**count) <= 0.025:
+        rank += 1
+    if not rank:
+        return -math.inf, math.inf
+    ordered = sorted(values)
+    return ordered[rank - 1], ordered[count - rank]
+
+
+def settled(ratios: Sequence[float], within: float) -> bool:
+    """Whether the median is known to within this share of it."""
+    low, high = confidence(ratios)
+    return high - low <= 2 * within * statistics.median(ratios) if ratios else False
+
+
 def interleaved(
-    calls: dict[str, Callable[[], Any]], rounds: dict[str, int], device: str, floor: str | None = None
+    calls: dict[str, Callable[[], Any]],
+    rounds: dict[str, int],
+    device: str,
+    floor: str | None = None,
+    within: float = 0.0,
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds of every round of each call, and their multiples of the floor's just before and after.
 
     The calls take turns, each round in an order of its own, so that a machine that warms up or is throttled treats all
     alike, and none always follows the same other; those with fewer rounds have them spread over the whole time. The
-    call named ``floor`` runs between any two of the others, for a machine's speed may change within a round.
+    call named ``floor`` runs between any two of the others, for a machine's speed may change within a round. One whose
+    multiples are :func:`settled` ``within`` a share has no further rounds.
     """
     most = max(rounds.values(), default=0)
     names = [name for name in calls if name != floor]
@@ -118,12 +143,12 @@ def interleaved(
     before = math.nan
     for turn in range(most):
         shuffled.shuffle(names)
-        if floor is not None:
+        due = [name for name in names if (turn + 1) * rounds[name] // most > turn * rounds[name] // most]
+        due = [name for name in due if not settled(found[name][1], within)]
+        if floor is not None and (due or not names):
             before = timed(calls[floor], device)
             found[floor][0].append(before)
-        for name in names:
-            if (turn + 1) * rounds[name] // most <= turn * rounds[name] // most:
-                continue
+        for name in due:
             seconds, ratios = found[name]
             seconds.append(timed(calls[name], device))
             if floor is not None:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import environment, exponent, interleaved, peak_growth, spread, timed
+from measure import confidence, environment, exponent, interleaved, peak_growth, spread, timed
 from presets import BUDGET, PRESETS, Problem, problems, question
 from suites import FULL, SUITES
 
@@ -68,9 +68,9 @@ def measure(problem: Problem, contenders: list[Contender], options: argparse.Nam
         calls[contender.name] = call
         rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
         if contender.floor:
-            quickest[contender.name] = once
+            quickest[contender.name] = min(once, *(timed(call, device) for _ in range(2)))
             floor = min(quickest, key=quickest.__getitem__)
-    for name, (seconds, ratios) in interleaved(calls, rounds, device, floor).items():
+    for name, (seconds, ratios) in interleaved(calls, rounds, device, floor, options.within).items():
         found[name] |= {"rounds": seconds, "ratios": ratios}
     del calls
     gc.collect()
@@ -85,6 +85,8 @@ def summed_up(case: Case, rows: int) -> Case:
             entry["rows_per_second"] = rows / entry["seconds"]["median"]
         if entry.get("ratios"):
             entry["over_product"] = spread(entry["ratios"])
+            if len(entry["ratios"]) >= 6:
+                entry["over_product"]["low"], entry["over_product"]["high"] = confidence(entry["ratios"])
     return case
 
 
@@ -325,8 +327,11 @@ def pointless(options: argparse.Namespace) -> str | None:
         return "--fp32-precision: fp32 is split on AMX alone, and there is none"
     wanted = os.environ.get("TUNED_LENS_FAST_CPU")
     flag = {"amx": "amx_bf16", "avx512": "avx512f", "avx2": "avx2"}.get(wanted or "")
-    if flag is not None and flag not in environment(options.device)["cpu"]["flags"]:
+    flags = environment(options.device)["cpu"]["flags"]
+    if flag is not None and flag not in flags:
         return f"TUNED_LENS_FAST_CPU={wanted}: this processor has no {flag}"
+    if wanted == "avx2" and "avx512f" not in flags:
+        return f"TUNED_LENS_FAST_CPU={wanted}: this processor takes it anyway"
     return None
 
 
@@ -396,6 +401,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11, help="at most")
     parser.add_argument("--seconds", type=float, default=4, help="of rounds for a contender and size")
     parser.add_argument("--least", type=int, default=3, help="rounds, however long they take (default: 3)")
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=0.0,
+        help="stop the rounds of a contender whose multiple of the product's time is known to within this share, "
+        "19 times out of 20",
+    )
     parser.add_argument(
         "--passes", type=int, default=1, help="over all sizes, so that a machine's slower minutes meet all of them"
     )

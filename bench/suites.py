@@ -9,42 +9,46 @@ LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,ent
 #: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
 #: The sweeps begin at 512 rows, a chunk of ours: with fewer the product itself is slower a row.
 ONE_WALK = "log_prob,rank,entropy,top_10"
-SWEPT = "--contenders product-tiles native eager loop --passes 2 --least 1 --seconds 0.5"
+SWEPT = "--contenders product-tiles product-native native eager loop --passes 3 --least 1 --seconds 0.5"
+#: Two runs of a comparison agree where either knows its ratios well.
+SETTLED = "--within 0.04 --rounds 80 --seconds 60"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 
 #: What the native engine is held against: x given, and the product alone as a user would write it.
-NATIVE = "--contenders linear product product-tiles native eager --rounds 7"
+NATIVE = "--contenders linear product product-tiles product-native native eager --rounds 30 --seconds 40 --within 0.03"
 HEAD_256 = f"run.py --preset smollm2-135m --start head --positions 256 --statistics {FULL}"
 
 #: Suite -> part -> environment variables, the script and its arguments.
 SUITES: dict[str, dict[str, str]] = {
     "cpu": {
-        "smollm2-135m": f"run.py --preset smollm2-135m --weights real --positions 32 64 128 --statistics {FULL}",
-        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 8 16 32 --statistics {FULL}",
+        "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 8 16 32 "
+        f"--statistics {FULL} {SETTLED}",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 4 8 16 --statistics {FULL} {SETTLED}",
         "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
-        "--statistics log_prob,entropy --least 5",
+        f"--statistics log_prob,entropy {SETTLED}",
         "positions": "run.py --preset smollm2-135m --layers 4 --positions 128 256 512 1024 2048 "
         f"--statistics {ONE_WALK} {SWEPT}",
         "layers": f"run.py --preset smollm2-135m --layers 8 16 32 64 --positions 64 --statistics {ONE_WALK} {SWEPT}",
         "vocabulary": "run.py --preset smollm2-135m --layers 4 --positions 128 "
         f"--vocabulary 16384 32768 65536 131072 262144 --statistics {ONE_WALK} {SWEPT}",
         "every-statistic": f"run.py --preset smollm2-135m --positions 32 --statistics {EVERY} "
-        "--contenders product product-tiles native eager loop --rounds 3",
+        f"--contenders product product-tiles product-native native eager loop {SETTLED}",
         "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
     },
     "native": {
         "fp32": f"{HEAD_256} {NATIVE}",
         "fp32-three-products": f"{HEAD_256} --fp32-precision tf32 {NATIVE}",
-        "bf16": f"{HEAD_256} --dtype bfloat16 {NATIVE}",
+        "bf16": f"run.py --preset smollm2-135m --start head --positions 32 --dtype bfloat16 --statistics {FULL} "
+        f"{NATIVE}",
         "avx512": f"TUNED_LENS_FAST_CPU=avx512 {HEAD_256} {NATIVE}",
         "avx2": f"TUNED_LENS_FAST_CPU=avx2 {HEAD_256} {NATIVE}",
         "plain": f"TUNED_LENS_FAST_CPU=plain {HEAD_256} {NATIVE}",
         "one-thread": f"run.py --threads 1 2 --preset smollm2-135m --start head --layers 4 --positions 256 "
         f"--statistics {ONE_WALK} {NATIVE}",
         "tuned-lens": f"run.py --preset smollm2-135m --weights real --positions 256 --statistics {FULL} "
-        "--contenders product product-tiles native eager loop tuned-lens",
+        "--contenders product product-tiles product-native native eager loop tuned-lens",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --start head --positions 1024 --statistics {FULL} "
-        "--contenders linear product-tiles native --rounds 1 --least 1",
+        "--contenders linear product-tiles product-native native --rounds 3 --least 3",
     },
     "gpu": {
         "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 "

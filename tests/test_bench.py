@@ -1,6 +1,8 @@
 """The benchmarks themselves: wrong numbers are refused, nobody vanishes, and the document holds what was measured."""
 
 import json
+import math
+import random
 import statistics
 import subprocess
 import sys
@@ -273,7 +275,9 @@ def test_what_would_measure_nothing_of_its_own_is_not_measured(tmp_path, monkeyp
     monkeypatch.setenv("TUNED_LENS_FAST_CPU", "amx")
     monkeypatch.setattr(run, "environment", lambda device: {"cpu": {"flags": ["avx2"]}})
     assert run.main([*TINY, "--out", str(out)]) == 0
-    assert capsys.readouterr().out.count("not measured: ") == 2
+    monkeypatch.setenv("TUNED_LENS_FAST_CPU", "avx2")
+    assert run.main([*TINY, "--out", str(out)]) == 0
+    assert capsys.readouterr().out.count("not measured: ") == 3
     assert not out.exists()
 
 
@@ -329,6 +333,34 @@ def test_the_floor_runs_between_any_two(monkeypatch):
     assert found["b"][1] == pytest.approx([3.0] * 3)
     assert found["c"][1] == pytest.approx([1.0] * 2)
     assert set(found["a"][1]) == {1.0}
+
+
+def test_one_whose_ratio_is_known_has_no_further_rounds(monkeypatch):
+    turns = []
+    noise = random.Random(0)
+
+    def timed(call, device):
+        call()
+        return {"a": 1.0, "b": 2.0, "c": 3.0 + noise.uniform(-2, 2)}[turns[-1]]
+
+    monkeypatch.setattr(measure, "timed", timed)
+    calls = {name: lambda name=name: turns.append(name) for name in "abc"}
+    found = measure.interleaved(calls, {"a": 30, "b": 30, "c": 30}, "cpu", floor="a", within=0.01)
+    assert len(found["b"][1]) == 6  # the fewest that say anything
+    assert len(found["c"][1]) == 30
+
+
+@pytest.mark.parametrize("count", [6, 9, 25])
+def test_the_median_lies_where_it_is_said_to(count):
+    noise = random.Random(count)
+    inside = 0
+    for _ in range(2000):
+        low, high = measure.confidence([noise.expovariate(1) for _ in range(count)])
+        inside += low <= math.log(2) <= high
+    assert 0.94 <= inside / 2000 <= 0.99
+    assert measure.confidence([1.0] * 5) == (-math.inf, math.inf)
+    assert not measure.settled([1.0] * 5, 0.5)
+    assert not measure.settled([], 0.5)
 
 
 def test_memory_is_that_of_the_call():

@@ -16,6 +16,7 @@ CONTENDERS: dict[str, Contender] = {
         product.LINEAR,
         product.ROWS,
         product.TILES,
+        product.OWN,
         *ours.ENGINES,
         layer_loop.PLAIN,
         layer_loop.COMPILED,
