@@ -12,6 +12,7 @@ ONE_WALK = "log_prob,rank,entropy,top_10"
 SWEPT = "--contenders product-tiles product-native native eager loop --passes 3 --least 1 --seconds 0.5"
 #: Two runs of a comparison agree where either knows its ratios well.
 SETTLED = "--within 0.04 --rounds 80 --seconds 60"
+QUICKLY = "--within 0.05 --rounds 40 --seconds 15"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 
 #: What the native engine is held against: x given, and the product alone as a user would write it.
@@ -23,16 +24,16 @@ SUITES: dict[str, dict[str, str]] = {
     "cpu": {
         "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 8 16 32 "
         f"--statistics {FULL} {SETTLED}",
-        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 4 8 16 --statistics {FULL} {SETTLED}",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 4 8 16 --statistics {FULL} {QUICKLY}",
         "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
-        f"--statistics log_prob,entropy {SETTLED}",
+        f"--statistics log_prob,entropy {QUICKLY}",
         "positions": "run.py --preset smollm2-135m --layers 4 --positions 128 256 512 1024 2048 "
         f"--statistics {ONE_WALK} {SWEPT}",
         "layers": f"run.py --preset smollm2-135m --layers 8 16 32 64 --positions 64 --statistics {ONE_WALK} {SWEPT}",
         "vocabulary": "run.py --preset smollm2-135m --layers 4 --positions 128 "
         f"--vocabulary 16384 32768 65536 131072 262144 --statistics {ONE_WALK} {SWEPT}",
         "every-statistic": f"run.py --preset smollm2-135m --positions 32 --statistics {EVERY} "
-        f"--contenders product product-tiles product-native native eager loop {SETTLED}",
+        f"--contenders product product-tiles product-native native eager loop {QUICKLY}",
         "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
     },
     "native": {
