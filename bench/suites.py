@@ -16,7 +16,10 @@ QUICKLY = "--within 0.05 --rounds 40 --seconds 15"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 
 #: What the native engine is held against: x given, and the product alone as a user would write it.
-NATIVE = "--contenders linear product product-tiles product-native native eager --rounds 30 --seconds 40 --within 0.03"
+NATIVE = (
+    "--contenders linear product product-tiles product-native native eager "
+    "--rounds 12 --seconds 15 --within 0.03 --least 5"
+)
 HEAD_256 = f"run.py --preset smollm2-135m --start head --positions 256 --statistics {FULL}"
 
 #: Suite -> part -> environment variables, the script and its arguments.
