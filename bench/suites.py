@@ -52,7 +52,7 @@ SUITES: dict[str, dict[str, str]] = {
         "tuned-lens": f"run.py --preset smollm2-135m --weights real --positions 256 --statistics {FULL} "
         "--contenders product product-tiles product-native native eager loop tuned-lens",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --start head --positions 1024 --statistics {FULL} "
-        "--contenders linear product-tiles product-native native --rounds 3 --least 3",
+        "--contenders linear product-tiles native --rounds 1 --least 1",
     },
     "gpu": {
         "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 "
