@@ -103,9 +103,10 @@ def timed(call: Callable[[], Any], device: str) -> float:
 
 
 def confidence(values: Sequence[float]) -> tuple[float, float]:
-    """Between which values the median of all possible ones lies, 19 times out of 20, whatever their distribution.
+    """The 95% interval of the median of the values' distribution, whatever that is.
 
-    Of fewer than six values nothing can be said. After Conover (1999), "Practical nonparametric statistics".
+    Of fewer than six values nothing can be said. Where rounds end as soon as it is narrow, it holds somewhat less
+    often. After Conover (1999), "Practical nonparametric statistics".
     """
     count, outside, rank = len(values), 0.0, 0
     while (outside := outside + math.comb(count, rank) / 2**count) <= 0.025:
@@ -117,7 +118,7 @@ def confidence(values: Sequence[float]) -> tuple[float, float]:
 
 
 def settled(ratios: Sequence[float], within: float) -> bool:
-    """Whether the median is known to within this share of it."""
+    """Whether the 95% interval of the median is no wider than this share of it to either side."""
     low, high = confidence(ratios)
     return high - low <= 2 * within * statistics.median(ratios) if ratios else False
 

@@ -87,7 +87,7 @@ def work(problem: Problem) -> dict[str, Work]:
     return found | {name: Work(0.0, logits) for name, _, _ in STEPS if name not in found}
 
 
-def parts(problem: Problem, engine: Any, floors: list[str], rounds: int) -> dict[str, Any]:
+def parts(problem: Problem, engine: Any, rounds: int) -> dict[str, Any]:
     """Seconds of the whole decode and of its parts by ``engine``, whichever order they would run in."""
     at_head = replace(
         problem,
@@ -95,6 +95,9 @@ def parts(problem: Problem, engine: Any, floors: list[str], rounds: int) -> dict
         translators=[None] * problem.layers,
         norm=Norm("identity"),
     )
+    own = engine.name == "native" and product.OWN.why_not(problem) is None
+    products = [product.OWN] if own else [product.ROWS, product.TILES]
+    floors = [contender.name for contender in products]
     few = replace(problem, head=replace(problem.head, weight=problem.head.weight[:FEW_TOKENS], bias=None))
 
     def decode(problem: Problem, stats: frozenset[str], top_k: int) -> Callable[[], Any]:
@@ -105,7 +108,7 @@ def parts(problem: Problem, engine: Any, floors: list[str], rounds: int) -> dict
         "translators and norm": decode(few, frozenset(), 0),
         **{name: decode(at_head, stats, top_k) for name, stats, top_k in STEPS},
         "whole": decode(problem, *STEPS[-1][1:]),
-        **{contender.name: contender.prepare(problem) for contender in (product.ROWS, product.TILES)},
+        **{contender.name: contender.prepare(problem) for contender in products},
     }
     interleaved(calls, dict.fromkeys(calls, 1), problem.device.type)  # warms up
     times = interleaved(calls, dict.fromkeys(calls, rounds), problem.device.type, floors[-1])
@@ -130,7 +133,6 @@ def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
             options.preset, [], [options.positions], [], options.weights, dtype=dtype, device=device, budget=BUDGET
         )
     )
-    floors = [product.ROWS.name, product.TILES.name]
     result: dict[str, Any] = {
         "kind": "profile",
         "command": said,
@@ -161,7 +163,7 @@ def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
         result["model_seconds"] = median(times)
     for name, engine in ENGINES.items():
         why = engine.unavailable(problem.device, problem.dtype)
-        result["engines"][name] = {"why": why} if why else parts(problem, engine, floors, options.rounds)
+        result["engines"][name] = {"why": why} if why else parts(problem, engine, options.rounds)
         print(f"{name}: {json.dumps(result['engines'][name])}", flush=True)
     print(f"ceilings: {json.dumps(result['ceilings'])}; model: {result['model_seconds']} s")
     return result

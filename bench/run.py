@@ -46,15 +46,20 @@ SIZES = ("layers", "positions", "vocab")
 Case = dict[str, Any]
 
 
-def measure(problem: Problem, contenders: list[Contender], options: argparse.Namespace) -> dict[str, Any]:
-    """What every contender did with one problem: name -> status, and its figures or why it has none."""
+def measure(
+    problem: Problem, contenders: list[Contender], options: argparse.Namespace, floor: str | None = None
+) -> dict[str, Any]:
+    """What every contender did with one problem: name -> status, and its figures or why it has none.
+
+    ``floor``: by whose times the others' are divided; by default the quickest of those that can be.
+    """
     device = problem.device.type
     expected = expect(problem, options.sample)
     found: dict[str, Any] = {contender.name: {} for contender in contenders}
     calls: dict[str, Callable[[], Any]] = {}
     rounds: dict[str, int] = {}
     quickest: dict[str, float] = {}
-    floor = None
+    chosen, floor = floor, None
     for contender in sorted(contenders, key=lambda contender: not contender.floor):
         beside = [timed(calls[floor], device)] if floor else []
         entry, call, once = admit(contender, problem, expected, options.patience)
@@ -69,7 +74,7 @@ def measure(problem: Problem, contenders: list[Contender], options: argparse.Nam
         rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
         if contender.floor:
             quickest[contender.name] = min(once, *(timed(call, device) for _ in range(2)))
-            floor = min(quickest, key=quickest.__getitem__)
+            floor = chosen if chosen in quickest else min(quickest, key=quickest.__getitem__)
     for name, (seconds, ratios) in interleaved(calls, rounds, device, floor, options.within).items():
         found[name] |= {"rounds": seconds, "ratios": ratios}
     del calls
@@ -216,7 +221,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     cases: list[Case] = []
     for number in range(options.passes):
         for i, (case, problem) in enumerate(every_case(options, dtype)):
-            case |= measure(problem, contenders, options)
+            case |= measure(problem, contenders, options, cases[i]["floor"] if number else None)
             if number:
                 cases[i] = again(cases[i], case, problem.rows)
             else:
@@ -344,7 +349,7 @@ def ratios(path: Path) -> dict[tuple, float]:
             continue
         for case in result["cases"]:
             sizes = (case[size] for size in (*SIZES, "threads"))
-            where = (file.stem, case["preset"], *sizes, case["statistics"])
+            where = (file.stem, case["preset"], *sizes, case["statistics"], f"/ {case['floor']}")
             for name, entry in case["contenders"].items():
                 key = (*where, name)
                 if "over_product" in entry and name != case["floor"]:
@@ -405,8 +410,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--within",
         type=float,
         default=0.0,
-        help="stop the rounds of a contender whose multiple of the product's time is known to within this share, "
-        "19 times out of 20",
+        help="stop the rounds of a contender once the 95%% interval of its median multiple of the product's time is "
+        "no wider than this share to either side",
     )
     parser.add_argument(
         "--passes", type=int, default=1, help="over all sizes, so that a machine's slower minutes meet all of them"

@@ -40,10 +40,10 @@ struct PackedFactors {
   int64_t z_stride;
   int64_t group_rows;  // a multiple of 6: what of x a share takes
 
-  // d_model in even parts, each a multiple of 8.
+  // d_model in even parts, each a multiple of 8; never 0.
   int64_t depth() const {
-    const int64_t parts = (d_model + kMostDepth - 1) / kMostDepth;
-    return ((d_model + parts - 1) / parts + 7) / 8 * 8;
+    const int64_t some = d_model ? d_model : 1, parts = (some + kMostDepth - 1) / kMostDepth;
+    return ((some + parts - 1) / parts + 7) / 8 * 8;
   }
 };
 

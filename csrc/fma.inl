@@ -96,7 +96,7 @@ static inline void multiply_block(
     const PackedFactors<Weight>& f, int64_t row, int64_t last, int64_t token, int64_t past, float* packed) {
   const int64_t depth = f.depth();
   alignas(32) float aside[kPackedRows * kTokens];
-  for (int64_t k = 0; k < f.d_model; k += depth) {
+  for (int64_t k = 0; k == 0 || k < f.d_model; k += depth) {  // of no weights the sum is 0
     const int64_t deep = std::min(depth, f.d_model - k);
     for (int64_t j = token; j < past; j += kTokens)
       pack(f.w + j * f.w_stride + k, f.w_stride, past - j, deep, packed + (j - token) * depth);

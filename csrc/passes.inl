@@ -7,6 +7,7 @@ constexpr int64_t kBlock = 64;          // tokens that are compared with the k-t
 
 using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 static inline Floats all(float value) { return value - Floats{}; }
 
@@ -67,9 +68,9 @@ static inline Floats exp_nonpositive(Floats x) {
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
   // Out of range the power of two means nothing; the last line drops it.
-  Ints bits;
+  Bits bits;
   std::memcpy(&bits, &shifted, sizeof bits);
-  const Ints exponent = (bits << 23) + (127 << 23);
+  const Bits exponent = (bits << 23) + (127u << 23);
   Floats power;
   std::memcpy(&power, &exponent, sizeof power);
   return x < -87.0f ? Floats{} : y * power;

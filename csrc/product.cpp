@@ -47,8 +47,9 @@ const char* wanted() {
 
 // Where a processor has wider units, PyTorch's product uses them.
 bool find_fma() {
-  const bool forced = std::strcmp(wanted(), "avx2") == 0;
-  return (forced || (!*wanted() && !__builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
+  const bool most = std::strcmp(wanted(), "avx2") == 0;
+  const bool wider = !*wanted() || std::strcmp(wanted(), "avx512") == 0 || std::strcmp(wanted(), "amx") == 0;
+  return (most || (wider && !__builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
          __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
@@ -126,7 +127,8 @@ void run(const Tensor& x, const Tensor& weight, Tensor& z) {
   const int64_t rows = z.size(0), width = z.size(1), panels = (width + 15) / 16, packs = x.size(0);
   // Threads share the tokens; where there are more of them than panels of W, the rows as well.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t groups = std::clamp<int64_t>(panels ? (threads + panels - 1) / panels : 1, 1, std::max<int64_t>(1, packs));
+  const int64_t wanted = panels ? (threads + panels - 1) / panels : 1;
+  const int64_t groups = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, packs));
   const int64_t each = (packs + groups - 1) / groups;
   const PackedFactors<Weight> factors{
       x.const_data_ptr<float>(), rows, static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), width,

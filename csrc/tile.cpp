@@ -59,7 +59,7 @@ struct Processor {
 Processor best() {
 #ifdef MANY_PROCESSORS
   const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
-  const bool wide = !most || std::strcmp(most, "avx512") == 0 || std::strcmp(most, "amx") == 0;
+  const bool wide = !most || !*most || std::strcmp(most, "avx512") == 0 || std::strcmp(most, "amx") == 0;
   if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
     return {"avx512", avx512::add_tile, avx512::compare};

@@ -335,6 +335,22 @@ def test_the_floor_runs_between_any_two(monkeypatch):
     assert set(found["a"][1]) == {1.0}
 
 
+def test_every_pass_over_a_case_has_the_same_floor(tmp_path, monkeypatch):
+    floors, measured = [], run.measure
+
+    def spied(problem, contenders, options, floor=None):
+        floors.append(floor)
+        return measured(problem, contenders, options, floor)
+
+    monkeypatch.setattr(run, "measure", spied)
+    result = go(tmp_path, "--positions", "2", "--contenders", "product", "product-tiles", "eager", "--passes", "3")
+    assert floors == [None, *[result["cases"][0]["floor"]] * 2]
+    options = run.parse([*TINY, "--patience", "100"])
+    for name in ("product", "product-tiles"):
+        wanted = [contenders.CONTENDERS[other] for other in ("product", "product-tiles", "eager")]
+        assert measured(problem(), wanted, options, name)["floor"] == name
+
+
 def test_one_whose_ratio_is_known_has_no_further_rounds(monkeypatch):
     turns = []
     noise = random.Random(0)

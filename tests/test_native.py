@@ -170,9 +170,10 @@ def test_a_forked_child_decodes():
 @pytest.mark.parametrize("processor", ["plain", "avx2"])
 def test_older_processors(processor):
     """The code for each instruction set is there whatever the processor; the most it may use can be lowered."""
-    tests = os.path.join(os.path.dirname(__file__), "test_cpu_engines.py")
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in ("cpu_engines", "products")]
+    chosen = "(native and (every_statistic or bad_position)) or against_float64"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", tests, "-k", "native and (every_statistic or bad_position)"],
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests, "-k", chosen],
         env=os.environ | {"TUNED_LENS_FAST_CPU": processor, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -1,8 +1,8 @@
 """The native engine: a product a tile, then one pass over the tile while it is in cache.
 
 The work is cut and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
-tile's statistics in one pass, for a few per cent of the product's time. On a CPU no tile leaves the cache, so that the
-whole costs less than the bare product that writes all logits to memory; for most processors csrc/ has the product as
+tile's statistics in one pass. On a CPU no tile leaves the cache, so that of many rows the whole costs less than the
+bare product that writes all logits to memory; for processors with AVX2 alone, and with AMX, csrc/ has the product as
 well (products.py). On a GPU the tile is in the engine's scratch.
 """
 

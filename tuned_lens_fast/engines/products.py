@@ -66,7 +66,7 @@ class FmaProduct(PackedProduct):
         d_model = self.head.weight.shape[1]
         # Of the rows and of the reference: x padded and packed. Of every thread: a block of W.
         x = 2 * 2 * (rows + FMA_ROWS) * d_model * 4
-        weight = _threads() * FMA_BLOCK[0] * min(d_model + 8, FMA_BLOCK[1]) * 4
+        weight = _threads() * FMA_BLOCK[0] * (min(d_model, FMA_BLOCK[1]) + 8) * 4
         return x + weight + tile * d_model * self.head.weight.itemsize * (self.head.weight.stride(1) != 1)
 
 
