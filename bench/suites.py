@@ -9,7 +9,7 @@ LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,ent
 #: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
 #: The sweeps begin at 512 rows, a chunk of ours: with fewer the product itself is slower a row.
 ONE_WALK = "log_prob,rank,entropy,top_10"
-SWEPT = "--contenders product-tiles product-native native eager loop --passes 3 --least 1 --seconds 0.5"
+SWEPT = "--contenders product-tiles product-native native eager loop --passes 2 --least 1 --seconds 0.5"
 #: Two runs of a comparison agree where either knows its ratios well.
 SETTLED = "--within 0.04 --rounds 80 --seconds 60"
 QUICKLY = "--within 0.05 --rounds 40 --seconds 15"
