@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 
 #: What decides how fast a CPU multiplies.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "i8mm")
+#: Of a call's seconds, what the floor takes after it.
+FLOOR_SHARE = 0.1
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tuned-lens", "cut-cross-entropy", "liger-kernel")
 
 
@@ -123,43 +126,76 @@ def settled(ratios: Sequence[float], within: float) -> bool:
     return high - low <= 2 * within * statistics.median(ratios) if ratios else False
 
 
-def interleaved(
-    calls: dict[str, Callable[[], Any]],
-    rounds: dict[str, int],
-    device: str,
-    floor: str | None = None,
-    within: float = 0.0,
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds of every round of each call, and their multiples of the floor's just before and after.
+@dataclass(frozen=True)
+class Race:
+    """Calls that are compared with each other, and how often each is made.
 
-    The calls take turns, each round in an order of its own, so that a machine that warms up or is throttled treats all
-    alike, and none always follows the same other; those with fewer rounds have them spread over the whole time. The
-    call named ``floor`` runs between any two of the others, for a machine's speed may change within a round. One whose
-    multiples are :func:`settled` ``within`` a share has no further rounds.
+    The one named ``floor`` runs between any two of the others, for a machine's speed may change within a round, and as
+    often as it takes to last ``FLOOR_SHARE`` of the longer of them.
     """
-    most = max(rounds.values(), default=0)
-    names = [name for name in calls if name != floor]
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
+
+    calls: dict[str, Callable[[], Any]]
+    rounds: dict[str, int]
+    floor: str | None = None
+    threads: int | None = None  #: of PyTorch, where not those it has now
+
+
+#: Seconds of every round of each call, and their multiples of the floor's just before and after.
+Times = dict[str, tuple[list[float], list[float]]]
+
+
+def interleaved(races: Sequence[Race], device: str, within: float = 0.0) -> list[Times]:
+    """The times of each race's calls.
+
+    Races take turns, and calls within a race, each round in an order of its own, so that a machine that warms up or is
+    throttled treats all alike, and none always follows the same other; those with fewer rounds have them spread over
+    the whole time. A call whose multiples are :func:`settled` ``within`` a share has no further rounds.
+    """
+    most = max((rounds for race in races for rounds in race.rounds.values()), default=0)
+    found: list[Times] = [{name: ([], []) for name in race.calls} for race in races]
     shuffled = random.Random(most)
-    before = math.nan
+    order = list(range(len(races)))
     for turn in range(most):
-        shuffled.shuffle(names)
-        due = [name for name in names if (turn + 1) * rounds[name] // most > turn * rounds[name] // most]
-        due = [name for name in due if not settled(found[name][1], within)]
-        if floor is not None and (due or not names):
-            before = timed(calls[floor], device)
-            found[floor][0].append(before)
-        for name in due:
-            seconds, ratios = found[name]
-            seconds.append(timed(calls[name], device))
-            if floor is not None:
-                after = timed(calls[floor], device)
-                found[floor][0].append(after)
-                ratios.append(2 * seconds[-1] / (before + after))
-                before = after
-    if floor is not None:
-        found[floor][1].extend(1.0 for _ in found[floor][0])
+        shuffled.shuffle(order)
+        for i in order:
+            race, times = races[i], found[i]
+            names = [name for name in race.calls if name != race.floor]
+            shuffled.shuffle(names)
+            due = [
+                name
+                for name in names
+                if (turn + 1) * race.rounds[name] // most > turn * race.rounds[name] // most
+                and not settled(times[name][1], within)
+            ]
+            if race.threads is not None:
+                torch.set_num_threads(race.threads)
+            _take_turns(race, due, times, device, alone=not names)
+    for race, times in zip(races, found, strict=True):
+        if race.floor is not None:
+            times[race.floor][1].extend(1.0 for _ in times[race.floor][0])
     return found
+
+
+def _take_turns(race: Race, due: list[str], times: Times, device: str, alone: bool) -> None:
+    """One round of those that are due; of the floor by itself where there are no others."""
+
+    def beside(least: float) -> float:
+        if race.floor is None:
+            return math.nan
+        seconds: list[float] = []
+        while not seconds or sum(seconds) < least:
+            seconds.append(timed(race.calls[race.floor], device))
+        times[race.floor][0].extend(seconds)
+        return statistics.mean(seconds)
+
+    before = beside(0.0) if due or alone else math.nan
+    for name in due:
+        seconds, ratios = times[name]
+        seconds.append(timed(race.calls[name], device))
+        if race.floor is not None:
+            after = beside(FLOOR_SHARE * seconds[-1])
+            ratios.append(2 * seconds[-1] / (before + after))
+            before = after
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from contenders import product
 from contenders.adapter import head_inputs
-from measure import environment, interleaved
+from measure import Race, environment, interleaved
 from presets import BUDGET, PRESETS, Problem, license_ids, problems, real_model
 from run import command
 
@@ -57,10 +57,8 @@ def ceilings(dtype: torch.dtype, device: str, mib: int, rounds: int) -> dict[str
     source = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)  # its pages are there before the first copy
     calls: dict[str, Callable[[], Any]] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    interleaved(calls, dict.fromkeys(calls, 1), device)
-    times = {
-        name: min(seconds) for name, (seconds, _) in interleaved(calls, dict.fromkeys(calls, rounds), device).items()
-    }
+    [found] = interleaved([Race(calls, dict.fromkeys(calls, rounds + 1))], device)
+    times = {name: min(seconds) for name, (seconds, _) in found.items()}
     return {
         "operations_per_second": 2 * size**3 / times["product"],
         "bytes_per_second": 2 * source.numel() / times["copy"],
@@ -110,8 +108,8 @@ def parts(problem: Problem, engine: Any, rounds: int) -> dict[str, Any]:
         "whole": decode(problem, *STEPS[-1][1:]),
         **{contender.name: contender.prepare(problem) for contender in products},
     }
-    interleaved(calls, dict.fromkeys(calls, 1), problem.device.type)  # warms up
-    times = interleaved(calls, dict.fromkeys(calls, rounds), problem.device.type, floors[-1])
+    interleaved([Race(calls, dict.fromkeys(calls, 1))], problem.device.type)  # warms up
+    [times] = interleaved([Race(calls, dict.fromkeys(calls, rounds), floors[-1])], problem.device.type)
     beside = median(times[floors[-1]][0])
     # Differences of times are small: each is its multiple of the product's beside it, and all are of one product.
     seconds = {name: median(ratios) * beside for name, (_, ratios) in times.items()}
@@ -159,8 +157,8 @@ def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
             return model.base_model(ids, use_cache=False)
 
         forward()
-        times, _ = interleaved({"model": forward}, {"model": options.rounds}, device)["model"]
-        result["model_seconds"] = median(times)
+        [times] = interleaved([Race({"model": forward}, {"model": options.rounds})], device)
+        result["model_seconds"] = median(times["model"][0])
     for name, engine in ENGINES.items():
         why = engine.unavailable(problem.device, problem.dtype)
         result["engines"][name] = {"why": why} if why else parts(problem, engine, options.rounds)

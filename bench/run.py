@@ -24,13 +24,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import confidence, environment, exponent, interleaved, peak_growth, spread, timed
+from measure import Race, confidence, environment, exponent, interleaved, peak_growth, spread, timed
 from presets import BUDGET, PRESETS, Problem, problems, question
 from suites import FULL, SUITES
 
@@ -46,66 +47,70 @@ SIZES = ("layers", "positions", "vocab")
 Case = dict[str, Any]
 
 
-def measure(
-    problem: Problem, contenders: list[Contender], options: argparse.Namespace, floor: str | None = None
-) -> dict[str, Any]:
-    """What every contender did with one problem: name -> status, and its figures or why it has none.
+def measure(some: list[tuple[Case, Problem]], contenders: list[Contender], options: argparse.Namespace) -> None:
+    """What every contender does with each problem, put into its case; the problems take turns."""
+    races = []
+    for case, problem in some:
+        torch.set_num_threads(case["threads"])
+        case["contenders"], race = admit_all(contenders, problem, options)
+        case["floor"] = race.floor
+        races.append(replace(race, threads=case["threads"]))
+    device = some[0][1].device.type
+    for (case, problem), times in zip(some, interleaved(races, device, options.within), strict=True):
+        for name, (seconds, ratios) in times.items():
+            case["contenders"][name] |= {"rounds": seconds, "ratios": ratios}
+        sum_up(case, problem.rows)
+    del races
+    gc.collect()
 
-    ``floor``: by whose times the others' are divided; by default the quickest of those that can be.
+
+def admit_all(
+    contenders: list[Contender], problem: Problem, options: argparse.Namespace
+) -> tuple[dict[str, Case], Race]:
+    """Name -> status of every contender, why it has no time or what a first call told, and those that are timed.
+
+    Times are divided by those of the quickest floor.
     """
     device = problem.device.type
     expected = expect(problem, options.sample)
-    found: dict[str, Any] = {contender.name: {} for contender in contenders}
-    calls: dict[str, Callable[[], Any]] = {}
-    rounds: dict[str, int] = {}
-    quickest: dict[str, float] = {}
-    chosen, floor = floor, None
-    for contender in sorted(contenders, key=lambda contender: not contender.floor):
-        beside = [timed(calls[floor], device)] if floor else []
-        entry, call, once = admit(contender, problem, expected, options.patience)
-        found[contender.name] = entry
+    found: dict[str, Case] = {contender.name: {} for contender in contenders}
+    race = Race({}, {})
+
+    def enter(contender: Contender) -> None:
+        beside = [timed(race.calls[race.floor], device)] if race.floor else []
+        found[contender.name], call, once = admit(contender, problem, expected, options.patience)
         if call is None:
-            continue
-        if once > options.patience and not contender.floor:
-            beside += [timed(calls[floor], device)] if floor else []
-            entry |= {"rounds": [once], "ratios": [once / statistics.mean(beside)] if beside else []}
-            continue
-        calls[contender.name] = call
-        rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
+            return
+        if once > options.patience and race.floor:
+            ratio = once / statistics.mean([*beside, timed(race.calls[race.floor], device)])
+            found[contender.name] |= {"rounds": [once], "ratios": [ratio]}
+        elif once > options.patience and not contender.floor:
+            found[contender.name] |= {"rounds": [once], "ratios": []}
+        else:
+            race.calls[contender.name] = call
+            race.rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
+
+    for contender in contenders:
         if contender.floor:
-            quickest[contender.name] = min(once, *(timed(call, device) for _ in range(2)))
-            floor = chosen if chosen in quickest else min(quickest, key=quickest.__getitem__)
-    for name, (seconds, ratios) in interleaved(calls, rounds, device, floor, options.within).items():
-        found[name] |= {"rounds": seconds, "ratios": ratios}
-    del calls
-    gc.collect()
-    return summed_up({"floor": floor, "contenders": found}, problem.rows)
+            enter(contender)
+    [tried] = interleaved([Race(race.calls, dict.fromkeys(race.calls, 3))], device)
+    race = replace(race, floor=min(tried, key=lambda name: min(tried[name][0]), default=None))
+    for contender in contenders:
+        if not contender.floor:
+            enter(contender)
+    return found, race
 
 
-def summed_up(case: Case, rows: int) -> Case:
-    """Medians of the rounds that a case has had, put into it."""
+def sum_up(case: Case, rows: int) -> None:
+    """Put the medians of its rounds into a case."""
     for entry in case["contenders"].values():
-        if "rounds" in entry:
+        if entry.get("rounds"):
             entry["seconds"] = {**spread(entry["rounds"]), "rounds": len(entry["rounds"])}
             entry["rows_per_second"] = rows / entry["seconds"]["median"]
         if entry.get("ratios"):
             entry["over_product"] = spread(entry["ratios"])
             if len(entry["ratios"]) >= 6:
                 entry["over_product"]["low"], entry["over_product"]["high"] = confidence(entry["ratios"])
-    return case
-
-
-def again(case: Case, other: Case, rows: int) -> Case:
-    """A case with the rounds of another pass over the same, and the larger peak."""
-    for name, entry in case["contenders"].items():
-        more = other["contenders"][name]
-        if "rounds" in entry and "rounds" in more:
-            entry["rounds"] += more["rounds"]
-            entry["ratios"] += more["ratios"]
-            peaks = [peak for peak in (entry.get("peak_extra_bytes"), more.get("peak_extra_bytes")) if peak is not None]
-            if peaks:
-                entry["peak_extra_bytes"] = max(peaks)
-    return summed_up(case, rows)
 
 
 def admit(
@@ -184,7 +189,6 @@ def exponents(cases: list[Case]) -> list[dict[str, Any]]:
 def every_case(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[tuple[Case, Problem]]:
     """What is asked of which sizes, and the problem that this is."""
     for threads, preset in itertools.product(options.threads or [torch.get_num_threads()], options.preset):
-        torch.set_num_threads(threads)
         shape = PRESETS[preset]
         inputs = {
             "dtype": dtype or (torch.float32 if options.device == "cpu" else shape.dtype),
@@ -219,16 +223,12 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     if options.fp32_precision:
         torch.backends.mkldnn.matmul.fp32_precision = options.fp32_precision
     cases: list[Case] = []
-    for number in range(options.passes):
-        for i, (case, problem) in enumerate(every_case(options, dtype)):
-            case |= measure(problem, contenders, options, cases[i]["floor"] if number else None)
-            if number:
-                cases[i] = again(cases[i], case, problem.rows)
-            else:
-                cases.append(case)
-            if number == options.passes - 1:
-                show(cases[i])
-            del problem
+    every = every_case(options, dtype)
+    for some in [list(every)] if options.together else ([one] for one in every):
+        measure(some, contenders, options)
+        for case, _ in some:
+            show(case)
+            cases.append(case)
     return {
         "kind": "comparison",
         "command": command,
@@ -414,7 +414,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "no wider than this share to either side",
     )
     parser.add_argument(
-        "--passes", type=int, default=1, help="over all sizes, so that a machine's slower minutes meet all of them"
+        "--together", action="store_true", help="all sizes take turns, so that a machine's slower minutes meet them all"
     )
     parser.add_argument("--patience", type=float, default=10, help="seconds; a slower contender is called once")
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")

@@ -9,10 +9,10 @@ LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,ent
 #: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
 #: The sweeps begin at 512 rows, a chunk of ours: with fewer the product itself is slower a row.
 ONE_WALK = "log_prob,rank,entropy,top_10"
-SWEPT = "--contenders product-tiles product-native native eager loop --passes 2 --least 1 --seconds 0.5"
-#: Two runs of a comparison agree where either knows its ratios well.
-SETTLED = "--within 0.04 --rounds 80 --seconds 60"
-QUICKLY = "--within 0.05 --rounds 40 --seconds 15"
+SWEPT = "--contenders product-tiles product-native native eager loop --together --rounds 15 --seconds 10 --least 5"
+#: Two runs of a comparison agree where the rounds of all are many and spread over the same quarter of an hour.
+SETTLED = "--together --rounds 30 --seconds 80 --patience 30"
+QUICKLY = "--together --rounds 12 --seconds 60 --least 4 --patience 30"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 
 #: What the native engine is held against: x given, and the product alone as a user would write it.
@@ -47,7 +47,7 @@ SUITES: dict[str, dict[str, str]] = {
         "avx512": f"TUNED_LENS_FAST_CPU=avx512 {HEAD_256} {NATIVE}",
         "avx2": f"TUNED_LENS_FAST_CPU=avx2 {HEAD_256} {NATIVE}",
         "plain": f"TUNED_LENS_FAST_CPU=plain {HEAD_256} {NATIVE}",
-        "one-thread": f"run.py --threads 1 2 --preset smollm2-135m --start head --layers 4 --positions 256 "
+        "one-thread": f"run.py --threads 1 2 --together --preset smollm2-135m --start head --layers 4 --positions 256 "
         f"--statistics {ONE_WALK} {NATIVE}",
         "tuned-lens": f"run.py --preset smollm2-135m --weights real --positions 256 --statistics {FULL} "
         "--contenders product product-tiles product-native native eager loop tuned-lens",

@@ -246,15 +246,23 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     assert ran == ["profile_decode.py", "run.py"]
 
 
-def test_passes_add_up(tmp_path):
-    """Every pass has rounds of its own over all sizes."""
-    sizes = ["--positions", "2", "3", "4", "--contenders", "product", "eager", "--least", "1"]
-    result = go(tmp_path, *sizes, "--rounds", "2", "--passes", "3")
+def test_all_sizes_take_turns(tmp_path, monkeypatch):
+    sizes = ["--positions", "2", "3", "4", "--contenders", "product", "eager", "compiled", "--least", "1"]
+    races, measured = [], measure.interleaved
+
+    def spied(some, *rest):
+        races.append(len(some))
+        return measured(some, *rest)
+
+    monkeypatch.setattr(run, "interleaved", spied)
+    result = go(tmp_path, *sizes, "--rounds", "2", "--together")
     assert [case["positions"] for case in result["cases"]] == [2, 3, 4]
+    assert races == [1, 1, 1, 3]  # the floor of each is found beforehand
     for case in result["cases"]:
         for entry in case["contenders"].values():
-            assert 3 <= entry["seconds"]["rounds"] == len(entry["rounds"]) <= 6
+            assert entry["seconds"]["rounds"] == len(entry["rounds"])
             assert entry["seconds"]["median"] == statistics.median(entry["rounds"])
+            assert min(entry["rounds"]) > 0.1 * max(entry["rounds"])  # nothing is compiled anew
     assert {line["axis"] for line in result["exponents"]} == {"positions"}
 
 
@@ -311,7 +319,7 @@ def test_real_weights_only_where_there_are_some():
 def test_the_interleaving():
     turns = []
     calls = {name: lambda name=name: turns.append(name) for name in "abc"}
-    found = measure.interleaved(calls, {"a": 4, "b": 2, "c": 1}, "cpu")
+    [found] = measure.interleaved([measure.Race(calls, {"a": 4, "b": 2, "c": 1})], "cpu")
     assert [turns.count(name) for name in "abc"] == [4, 2, 1]
     assert {name: len(seconds) for name, (seconds, _) in found.items()} == {"a": 4, "b": 2, "c": 1}
     assert not any(ratios for _, ratios in found.values())
@@ -327,7 +335,7 @@ def test_the_floor_runs_between_any_two(monkeypatch):
 
     monkeypatch.setattr(measure, "timed", timed)
     calls = {name: lambda name=name: turns.append(name) for name in "abc"}
-    found = measure.interleaved(calls, {"a": 3, "b": 3, "c": 2}, "cpu", floor="a")
+    [found] = measure.interleaved([measure.Race(calls, {"a": 3, "b": 3, "c": 2}, "a")], "cpu")
     assert "bc" not in "".join(turns)
     assert "cb" not in "".join(turns)
     assert found["b"][1] == pytest.approx([3.0] * 3)
@@ -335,20 +343,34 @@ def test_the_floor_runs_between_any_two(monkeypatch):
     assert set(found["a"][1]) == {1.0}
 
 
-def test_every_pass_over_a_case_has_the_same_floor(tmp_path, monkeypatch):
-    floors, measured = [], run.measure
+def test_races_take_turns(monkeypatch):
+    """Each has its own floor and threads, none is over before another has begun."""
+    turns = []
 
-    def spied(problem, contenders, options, floor=None):
-        floors.append(floor)
-        return measured(problem, contenders, options, floor)
+    def call(name):
+        return lambda: turns.append((name, torch.get_num_threads()))
 
-    monkeypatch.setattr(run, "measure", spied)
-    result = go(tmp_path, "--positions", "2", "--contenders", "product", "product-tiles", "eager", "--passes", "3")
-    assert floors == [None, *[result["cases"][0]["floor"]] * 2]
-    options = run.parse([*TINY, "--patience", "100"])
-    for name in ("product", "product-tiles"):
-        wanted = [contenders.CONTENDERS[other] for other in ("product", "product-tiles", "eager")]
-        assert measured(problem(), wanted, options, name)["floor"] == name
+    races = [
+        measure.Race({name: call(name + number) for name in "ab"}, {"a": 4, "b": 4}, "a", threads)
+        for number, threads in (("1", 1), ("2", 2))
+    ]
+    before = torch.get_num_threads()
+    found = measure.interleaved(races, "cpu")
+    torch.set_num_threads(before)
+    assert {threads for name, threads in turns if name.endswith("1")} == {1}
+    assert {threads for name, threads in turns if name.endswith("2")} == {2}
+    order = [name[1] for name, _ in turns if name[0] == "b"]
+    assert all(set(order[i : i + 2]) == {"1", "2"} for i in range(0, 8, 2))
+    assert [len(times["b"][1]) for times in found] == [4, 4]
+
+
+def test_the_floor_lasts_a_share_of_what_it_is_held_against(monkeypatch):
+    turns = []
+    monkeypatch.setattr(measure, "timed", lambda call, device: call())
+    calls = {"floor": lambda: turns.append("f") or 1.0, "long": lambda: turns.append("l") or 35.0}
+    [found] = measure.interleaved([measure.Race(calls, {"floor": 2, "long": 2}, "floor")], "cpu")
+    assert "".join(turns) == 2 * "flffff"
+    assert found["long"][1] == [35.0, 35.0]
 
 
 def test_one_whose_ratio_is_known_has_no_further_rounds(monkeypatch):
@@ -361,7 +383,7 @@ def test_one_whose_ratio_is_known_has_no_further_rounds(monkeypatch):
 
     monkeypatch.setattr(measure, "timed", timed)
     calls = {name: lambda name=name: turns.append(name) for name in "abc"}
-    found = measure.interleaved(calls, {"a": 30, "b": 30, "c": 30}, "cpu", floor="a", within=0.01)
+    [found] = measure.interleaved([measure.Race(calls, {"a": 30, "b": 30, "c": 30}, "a")], "cpu", within=0.01)
     assert len(found["b"][1]) == 6  # the fewest that say anything
     assert len(found["c"][1]) == 30
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -102,10 +103,13 @@ def no_compiler(problem: Problem) -> str | None:
     return None
 
 
-def compiled(function: Callable) -> Callable:
-    """``function`` under torch.compile, forgetting what was compiled for other problems before."""
-    torch.compiler.reset()
-    return torch.compile(function)
+def compiled(function: FunctionType) -> Callable:
+    """``function`` under torch.compile for one problem: what is compiled for another's sizes is kept apart.
+
+    torch.compile keeps its results by code object, hence the copy.
+    """
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return torch.compile(own, dynamic=False)
 
 
 def _prepare_compiled(problem: Problem) -> Callable[[], Answer]:
