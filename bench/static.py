@@ -2,7 +2,7 @@
 
     python bench/static.py [--architecture 90] [--triton FOLDER]
 
-The statistics kernel is cross-compiled (no GPU is needed) for several sets of statistics and widths, and its
+The statistics kernels are cross-compiled (no GPU is needed) for several sets of statistics and widths, and their
 machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its
 product is done. Two times are predicted for a tile, both relative to the product alone:
 
@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
 from compiling import PROCESSORS, SHARED_LIMIT, Report, compile_launches, meta
 
 WIDTHS = (576, 2048, 4096)
+#: Where overlapped.py has room (sm_90).
+FEW_FEATURES = (576, 640, 768)
 #: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_statistics``.
 STATISTICS: dict[str, dict[str, bool]] = {
     "lse": {},
@@ -207,15 +209,18 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
             count[program[i].pipe] += 2 if program[i].opcode in PAIRS else 1
         return count
 
-    lanes = 32 * report.warps
+    warps = 4 if report.kernel == "_overlapped" else report.warps  # that a tile is done by
+    lanes = 32 * warps
     pipes = {pipe: n * lanes / rates[pipe] for pipe, n in operations(tile.epilogue).items() if pipe in rates}
     pipes["alu"] = pipes.get("alu", 0) + pipes.pop("convert", 0)  # they share a dispatch port
-    issue = len(tile.epilogue) * report.warps / SCHEDULERS
-    product_issue = len(tile.product) * report.warps / SCHEDULERS * d_model / depth
+    issue = len(tile.epilogue) * warps / SCHEDULERS
+    product_issue = len(tile.product) * warps / SCHEDULERS * d_model / depth
     product = 2 * rows * vocab * d_model / rates["matrix"] / PRODUCT_EFFICIENCY
-    alone = max(issue / ISSUE_EFFICIENCY[min(2, max(1, report.warps // SCHEDULERS))], *pipes.values())
+    alone = max(issue / ISSUE_EFFICIENCY[min(2, max(1, warps // SCHEDULERS))], *pipes.values())
     overlapped = max(product, (issue + product_issue) / ISSUE_EFFICIENCY[2], *pipes.values())
-    programs = min(REGISTERS // (report.registers * lanes), SHARED_LIMIT[architecture] // max(1, report.shared))
+    programs = min(
+        REGISTERS // (report.registers * 32 * report.warps), SHARED_LIMIT[architecture] // max(1, report.shared)
+    )
     return Prediction(
         len(tile.epilogue) * lanes / (rows * vocab),
         (product + alone + (0 if tile.flat else REFILL)) / product,
@@ -225,44 +230,56 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
     )
 
 
-def launch(d_model: int, softcap: bool = False, rank: bool = False, **wanted: bool) -> Callable[[], None]:
+def launch(
+    d_model: int, softcap: bool = False, rank: bool = False, overlapped: bool = False, **wanted: bool
+) -> Callable[[], None]:
     """The vocabulary pass over 8,192 rows in bf16, with a vocabulary that leaves no tail."""
 
     def run() -> None:
         import torch
 
         from tuned_lens_fast.kernels.launch import built_in_tile
+        from tuned_lens_fast.kernels.search import overlapped_candidates
         from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 
         x, weight = meta(8192, d_model), meta(131_072, d_model)
         tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
+        if overlapped:
+            tile = next(overlapped_candidates(d_model))
         targets = {"targets": meta(8192, dtype="int64"), "target_logits": meta(8192, dtype="float32")} if rank else {}
         vocabulary_statistics(x, weight, None, 1.0, 30.0 if softcap else None, tile, rank=rank, **targets, **wanted)
 
     return run
 
 
+#: Name of a kernel -> the widths it is compiled for.
+KERNELS = {"_statistics": WIDTHS, "_overlapped": FEW_FEATURES}
 LAUNCHES = {
-    f"{name}, d {d_model}": launch(d_model, **wanted) for name, wanted in STATISTICS.items() for d_model in WIDTHS
+    f"{kernel}, {name}, d {d_model}": launch(d_model, overlapped=kernel == "_overlapped", **wanted)
+    for kernel, widths in KERNELS.items()
+    for name, wanted in STATISTICS.items()
+    for d_model in widths
 }
 
 
-def table(architecture: int, triton_path: str | None) -> Iterable[str]:
-    """The predictions as lines of a Markdown table."""
-    reports = compile_launches(__file__, [(name, architecture) for name in LAUNCHES], triton_path)
+def table(kernel: str, architecture: int, triton_path: str | None) -> Iterable[str]:
+    """The predictions of a kernel as lines of a Markdown table."""
+    widths = KERNELS[kernel]
+    jobs = [(name, architecture) for name in LAUNCHES if name.startswith(kernel)]
+    reports = compile_launches(__file__, jobs, triton_path)
     yield (
-        "| statistics | tile | programs an SM | instructions a logit | serial, d = "
-        + " / ".join(map(str, WIDTHS))
+        f"| {kernel} | tile | programs an SM | instructions a logit | serial, d = "
+        + " / ".join(map(str, widths))
         + " | overlapped |"
     )
     yield "|---|---|---|---|---|---|"
     for name in STATISTICS:
         found = []
-        for d_model in WIDTHS:
-            answer = reports[f"{name}, d {d_model}", architecture]
+        for d_model in widths:
+            answer = reports[f"{kernel}, {name}, d {d_model}", architecture]
             if isinstance(answer, str):
-                raise RuntimeError(f"{name}, d {d_model} does not compile:\n{answer}")
-            report = next(r for r in answer if r.kernel == "_statistics")
+                raise RuntimeError(f"{kernel}, {name}, d {d_model} does not compile:\n{answer}")
+            report = next(r for r in answer if r.kernel == kernel)
             c = report.constants
             found.append((c, predict(report, c["BM"], c["BN"], c["BK"], d_model, architecture)))
 
@@ -291,8 +308,8 @@ def main() -> None:
     parser.add_argument("--architecture", type=int, default=90, choices=sorted(PROCESSORS))
     parser.add_argument("--triton", metavar="FOLDER", help="another Triton than the installed one")
     arguments = parser.parse_args()
-    for line in table(arguments.architecture, arguments.triton):
-        print(line)
+    for kernel in KERNELS if arguments.architecture == 90 else ["_statistics"]:
+        print(*table(kernel, arguments.architecture, arguments.triton), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,14 @@ class Tile:
     tma: bool = False  #: operands come through the bulk tensor copy engine (sm_90 and newer)
     flat: bool = False  #: one loop over tiles and depth, so that loads run on under the statistics of a tile
     merged: int = 1  #: tiles whose groups of columns are one group to the top k
+    overlapped: bool = False  #: by overlapped.py: two groups of warps in turn, half of ``warps`` each
 
     @property
     def members(self) -> int:
         return self.block_vocab // 8
 
     def without_tma(self) -> Tile:
-        return replace(self, tma=False, flat=False)
+        return replace(self, tma=False, flat=False, overlapped=False)
 
 
 def architecture(device: torch.device) -> tuple[int, int]:

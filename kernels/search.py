@@ -32,6 +32,17 @@ from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 
 #: As far as two tiles' sums of the same products may be apart, in nats.
 TOLERANCE = 2e-3
+#: Of a program, on Hopper and Blackwell.
+SHARED_BYTES = 227 * 1024
+
+
+def overlapped_candidates(d_model: int) -> Iterator[Tile]:
+    """For 16-bit operands on Hopper: tiles of overlapped.py with as many stages as shared memory has room for."""
+    from tuned_lens_fast.kernels.overlapped import shared_bytes
+
+    for depth in (64, 32):
+        tiles = (Tile(128, 128, depth, warps=8, stages=n, tma=True, overlapped=True) for n in range(8, 1, -1))
+        yield from itertools.islice((tile for tile in tiles if shared_bytes(tile, d_model) <= SHARED_BYTES), 2)
 
 
 def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
@@ -39,7 +50,7 @@ def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
     yield built_in
     sizes = itertools.product((64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
     for rows, vocab, depth, warps, stages in sizes:
-        if stages * (rows + vocab) * depth * operand_bytes > 227 * 1024 or rows * vocab > 4096 * warps:
+        if stages * (rows + vocab) * depth * operand_bytes > SHARED_BYTES or rows * vocab > 4096 * warps:
             continue  # beyond shared memory, or 128 accumulators a thread
         for flat in (False, True) if built_in.tma else (False,):
             tile = replace(
@@ -131,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--precision", choices=("ieee", "tf32"), default="ieee", help="of fp32 products (default: ieee)"
     )
     parser.add_argument("--without-top-k", action="store_true", help="for decodes that ask for no top k")
+    parser.add_argument(
+        "--overlapped", action="store_true", help="on Hopper, time the tiles of overlapped.py beside the built-in alone"
+    )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the fastest into")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -141,7 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     built_in = launch.built_in_tile(launch.architecture(device), dtype, options.d_model, options.precision, keys)
     x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
     weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
-    found = search(x, weight, list(candidates(built_in, dtype.itemsize)), keys=keys, precision=options.precision)
+    tiles = [built_in] if options.overlapped else list(candidates(built_in, dtype.itemsize))
+    if launch.architecture(device)[0] == 9 and dtype.itemsize == 2 and built_in.tma:
+        tiles += overlapped_candidates(options.d_model)
+    found = search(x, weight, tiles, keys=keys, precision=options.precision)
     for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")
     key = launch.entry_key(device, dtype, options.d_model, options.precision, keys)

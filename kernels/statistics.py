@@ -45,13 +45,23 @@ def _best_two(a1, a2, b1, b2):
 
 
 @triton.jit
-def _tile_statistics(
-    acc, m, s, t, above, best, first, second, target_logit, bias, token, valid, part, slot, keys, rows, row_mask, slots,
-    scale, softcap, key_mask,
+def _as_it_is(value, like):
+    return value
+
+
+@triton.jit
+def tile_statistics(
+    acc, m, s, t, above, best, first, second, target_logit, bias, token, valid, member, part, slot, keys, rows,
+    row_mask, group, slots, scale, softcap, key_mask,
     BM: tl.constexpr, BN: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr,
     BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
-    ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr,
+    ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, LAID_OUT_AS: tl.constexpr,
 ):  # fmt: skip
+    """The rows' running state after one more tile.
+
+    Where the compiler is not the one to choose layouts (overlapped.py), LAID_OUT_AS(value, like) gives ``value`` that
+    of ``like``.
+    """
     if BIAS:
         acc += tl.load(bias + token, mask=valid, other=0.0).to(tl.float32)[None, :]
     acc = transform(acc, scale, softcap, SCALE, SOFTCAP)
@@ -62,10 +72,10 @@ def _tile_statistics(
     z = acc.reshape(BM, MEMBERS, 8)
     largest = tl.max(z, 1)
     if TOP:
-        member = (tl.arange(0, BN) // 8)[None, :]
-        key = ((acc.to(tl.int32, bitcast=True) & key_mask) | member).to(tl.float32, bitcast=True)
+        key = ((acc.to(tl.int32, bitcast=True) & key_mask) | member[None, :]).to(tl.float32, bitcast=True)
         low, high = tl.split(key.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
         tile_first, tile_second = tl.reduce((tl.maximum(low, high), tl.minimum(low, high)), 1, _best_two)
+        tile_first, tile_second = LAID_OUT_AS(tile_first, largest), LAID_OUT_AS(tile_second, largest)
         if MERGED == 1:
             best, first, second = largest, tile_first, tile_second
         else:
@@ -78,7 +88,7 @@ def _tile_statistics(
             first, second = _best_two(first, second, tile_first, tile_second)
         place = first.to(tl.int32, bitcast=True) & (MEMBERS * MERGED - 1)
         packed = ((second.to(tl.int32, bitcast=True) & key_mask) | place).to(tl.float32, bitcast=True)
-        at = keys + rows.to(tl.int64)[:, None] * (2 * slots) + slot * 8 + tl.arange(0, 8)[None, :]
+        at = keys + rows.to(tl.int64)[:, None] * (2 * slots) + slot * 8 + group[None, :]
         tl.store(at, best, mask=row_mask[:, None])
         tl.store(at + slots, packed, mask=row_mask[:, None])
     # The running maximum is kept to base 2: multiplied by LOG2E anew at each use, its rounding would not cancel.
@@ -95,6 +105,33 @@ def _tile_statistics(
     return m_new, s, t, above, best, first, second
 
 
+@triton.jit
+def store_state(m, s, t, above, state, rows, row_mask, part, R, ENTROPY: tl.constexpr, RANK: tl.constexpr):
+    """What a program knows of its rows in the end, as the ``part``-th of what _merge adds up."""
+    m_row = tl.max(m, 1)
+    shift = m - m_row[:, None]
+    decay = tl.exp2(shift)
+    at = state + part.to(tl.int64) * 4 * R + rows
+    tl.store(at, m_row, mask=row_mask)
+    tl.store(at + R, tl.sum(s * decay, 1), mask=row_mask)
+    if ENTROPY:
+        tl.store(at + 2 * R, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
+    if RANK:
+        tl.store(at + 3 * R, tl.sum(above, 1), mask=row_mask)
+
+
+@triton.jit
+def program_of(pid, row_blocks, splits, BAND: tl.constexpr):
+    """The block of rows and the slice of the vocabulary that are a program's.
+
+    Programs that run together form a band of row blocks times a few slices, so that both operands stay in L2.
+    """
+    band = pid // (BAND * splits)
+    band_rows = tl.minimum(row_blocks - band * BAND, BAND)
+    within = pid - band * (BAND * splits)
+    return band * BAND + within % band_rows, within // band_rows
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _statistics(
     x, w, bias, target_logits, state, keys,
@@ -106,14 +143,7 @@ def _statistics(
     ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     MEMBERS: tl.constexpr = BN // 8
-    # Programs that run together form a band of row blocks times a few splits, so that both operands stay in L2.
-    pid = tl.program_id(0)
-    band = pid // (BAND * splits)
-    band_rows = tl.minimum(row_blocks - band * BAND, BAND)
-    within = pid - band * (BAND * splits)
-    block = band * BAND + within % band_rows
-    split = within // band_rows
-
+    block, split = program_of(tl.program_id(0), row_blocks, splits, BAND)
     rows = block * BM + tl.arange(0, BM)
     row_mask = rows < R
     column = tl.arange(0, BN)
@@ -158,22 +188,12 @@ def _statistics(
         if not MASK:
             part = tile % MERGED
             slot = tile // MERGED
-        m, s, t, above, best, first, second = _tile_statistics(
-            acc, m, s, t, above, best, first, second, target_logit, bias, token, valid, part, slot, keys, rows,
-            row_mask, slots8 * 8, scale, softcap, key_mask, BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, MASK,
-            ENTROPY, RANK, TOP,
+        m, s, t, above, best, first, second = tile_statistics(
+            acc, m, s, t, above, best, first, second, target_logit, bias, token, valid, column // 8, part, slot, keys,
+            rows, row_mask, tl.arange(0, 8), slots8 * 8, scale, softcap, key_mask,
+            BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, MASK, ENTROPY, RANK, TOP, _as_it_is,
         )  # fmt: skip
-
-    m_row = tl.max(m, 1)
-    shift = m - m_row[:, None]
-    decay = tl.exp2(shift)
-    at = state + (first_split + split).to(tl.int64) * 4 * R + rows
-    tl.store(at, m_row, mask=row_mask)
-    tl.store(at + R, tl.sum(s * decay, 1), mask=row_mask)
-    if ENTROPY:
-        tl.store(at + 2 * R, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
-    if RANK:
-        tl.store(at + 3 * R, tl.sum(above, 1), mask=row_mask)
+    store_state(m, s, t, above, state, rows, row_mask, first_split + split, R, ENTROPY, RANK)
 
 
 @triton.jit(do_not_specialize=["R", "splits"])
@@ -284,9 +304,11 @@ def vocabulary_statistics(
     per_split = triton.cdiv(tiles, vocabulary_splits(row_blocks, tiles, processors(device), band)) if tiles else 0
     per_split = triton.cdiv(per_split, tile.merged) * tile.merged  # a slot belongs to one program
     splits = triton.cdiv(tiles, per_split) if tiles else 0
+    parts = (1 + tile.overlapped) * splits
     slots = key_slots(vocab, tile)
-    state = torch.empty(splits + 2, 4, rows, dtype=torch.float32, device=device)
+    state = torch.empty(parts + 2, 4, rows, dtype=torch.float32, device=device)
     pairs = torch.empty(rows, 2, slots, dtype=torch.float32, device=device) if keys else None
+    key_mask = ~(members * tile.merged - 1)
 
     def launch(masked: bool, first_tile: int, stop_tile: int, tiles_per_split: int, n: int, first_split: int) -> None:
         tma = tile.tma and not masked
@@ -304,7 +326,7 @@ def vocabulary_statistics(
         _statistics[(row_blocks * n,)](
             a, b, bias, target_logits, state, pairs,
             rows, vocab, groups, first_tile, stop_tile, tiles_per_split, row_blocks, n, first_split, slots // 8,
-            scale, softcap or 1.0, ~(members * tile.merged - 1), x.stride(0), weight.stride(0),
+            scale, softcap or 1.0, key_mask, x.stride(0), weight.stride(0),
             BM=block_rows, BN=tile.block_vocab, BK=tile.block_depth, D=d_model, BAND=band, MERGED=tile.merged,
             TMA=tma, FLAT=tile.flat and not masked, PRECISION=precision,
             BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
@@ -312,13 +334,20 @@ def vocabulary_statistics(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    if splits:
+    if splits and tile.overlapped:
+        from tuned_lens_fast.kernels.overlapped import whole_tiles
+
+        whole_tiles(
+            x, weight, bias, scale, softcap, tile, target_logits if rank else None, state, pairs,
+            tiles, per_split, row_blocks, splits, slots // 8, key_mask, band, entropy,
+        )  # fmt: skip
+    elif splits:
         launch(False, 0, tiles, per_split, splits, 0)
     # The tile of left-over groups has number `tiles`, that of left-over tokens `whole`, after it.
     whole = triton.cdiv(groups, 8)
     first_tail = tiles if tail[0] else whole
     if any(tail):
-        launch(True, first_tail, whole + tail[1], 1, sum(tail), splits)
+        launch(True, first_tail, whole + tail[1], 1, sum(tail), parts)
 
     def empty(asked: bool, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(rows, dtype=dtype, device=device) if asked else None
@@ -328,7 +357,7 @@ def vocabulary_statistics(
     entropies, largest = empty(entropy), empty(max_prob)
     block = 128
     _merge[(triton.cdiv(rows, block),)](
-        state, target_logits, targets, normaliser, log_prob, ranks, entropies, largest, rows, splits + sum(tail),
+        state, target_logits, targets, normaliser, log_prob, ranks, entropies, largest, rows, parts + sum(tail),
         BLOCK=block, ENTROPY=entropy, TARGETS=targets is not None, RANK=rank, MAX=max_prob,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -25,9 +25,10 @@ TRITONS = {"installed": None}
 if os.environ.get("TRITON_36_PATH"):
     TRITONS["3.6"] = os.environ["TRITON_36_PATH"]
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-#: Loads and stores of spilled registers: none but in the walk over two tiles, once a tile and not in its product.
-SPILLS = {"_walk": 64}
-PRODUCTS = {"_translate", "_statistics", "_target_logits", "_walk"}
+#: Loads and stores of spilled registers: none but in the walk over two tiles and, by newer Tritons than 3.6, in two
+#: groups of warps that take turns; once a tile and not in its product.
+SPILLS = {"_walk": 64, "_overlapped": 192}
+PRODUCTS = {"_translate", "_statistics", "_overlapped", "_target_logits", "_walk"}
 
 
 def head(d_model, dtype, vocab=VOCAB):
@@ -56,13 +57,23 @@ def normalize(d_model, kind):
     normalize(meta(ROWS, d_model, dtype="float32"), norm, meta(ROWS, d_model))
 
 
-def statistics(d_model, dtype, everything=True, softcap=None, bias=False, precision="ieee", vocab=EVEN_VOCAB):
+def overlapped(d_model, dtype="bfloat16", vocab=EVEN_VOCAB, **asked):
+    from tuned_lens_fast.kernels.launch import merged_tiles
+    from tuned_lens_fast.kernels.search import overlapped_candidates
+
+    tile = next(overlapped_candidates(d_model))
+    statistics(d_model, dtype, vocab=vocab, tile=replace(tile, merged=merged_tiles(vocab, tile, 10)), **asked)
+
+
+def statistics(
+    d_model, dtype, everything=True, softcap=None, bias=False, precision="ieee", vocab=EVEN_VOCAB, tile=None
+):
     from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 
     x, weight = head(d_model, dtype, vocab)
     own = {"targets": meta(ROWS, dtype="int64"), "target_logits": meta(ROWS, dtype="float32")}
     vocabulary_statistics(
-        x, weight, meta(vocab, dtype=dtype) if bias else None, 1.0, softcap, tile_for(x, precision),
+        x, weight, meta(vocab, dtype=dtype) if bias else None, 1.0, softcap, tile or tile_for(x, precision),
         **(own if everything else {}), entropy=everything, rank=everything, max_prob=everything,
         keys=everything, precision=precision,
     )  # fmt: skip
@@ -155,6 +166,12 @@ CASES = {
     "statistics fp16, softcap, bias": Case(lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY),
     "statistics fp32": Case(lambda: statistics(768, "float32"), ANY, matrix=False),
     "statistics tf32": Case(lambda: statistics(768, "float32", precision="tf32"), ANY),
+    "overlapped bf16, d 640": Case(lambda: overlapped(640, vocab=262_144), {90: 255}),
+    "overlapped bf16, d 576": Case(lambda: overlapped(576, vocab=49_152), {90: 255}),
+    "overlapped bf16, d 576, lse": Case(lambda: overlapped(576, everything=False), {90: 255}),
+    "overlapped fp16, d 768, softcap, bias": Case(
+        lambda: overlapped(768, "float16", softcap=30.0, bias=True), {90: 255}
+    ),
     "gather bf16": Case(lambda: gather(4096, "bfloat16"), ANY),
     "gather fp32": Case(lambda: gather(768, "float32"), ANY, matrix=False),
     "top 10": Case(lambda: top(10), ANY),
@@ -190,7 +207,8 @@ def test_limits(name, architecture, version):
         assert report.registers <= case.registers[architecture]
         assert report.shared <= SHARED_LIMIT[architecture]
         if not report.constants.get("MASK"):  # the tail is one tile of thousands, and its masks may spill
-            assert report.spills <= SPILLS.get(report.kernel, 0), f"{report.kernel} spills"
+            allowed = 0 if (report.kernel, version) == ("_overlapped", "3.6") else SPILLS.get(report.kernel, 0)
+            assert report.spills <= allowed, f"{report.kernel} spills"
         if report.kernel in PRODUCTS and case.matrix:
             assert report.matrix.get(MATRIX[architecture], 0) > 0
         assert not report.serialised
@@ -207,14 +225,16 @@ def test_serialised_products_are_seen(version):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("version", TRITONS)
-@pytest.mark.parametrize(("name", "d_model", "most"), [
-    ("statistics bf16", 4096, 1.10),
-    ("statistics bf16, d 2048", 2048, 1.15),
+@pytest.mark.parametrize(("name", "d_model", "most", "of"), [
+    ("statistics bf16", 4096, 1.10, "serial"),
+    ("statistics bf16, d 2048", 2048, 1.15, "serial"),
+    ("overlapped bf16, d 640", 640, 1.15, "overlapped"),
+    ("overlapped bf16, d 576", 576, 1.15, "overlapped"),
 ])  # fmt: skip
-def test_predicted_cost_of_all_statistics(name, d_model, most, version):
-    """lse, entropy, log_prob, rank and the top k's candidates over the product, with nothing overlapped."""
+def test_predicted_cost_of_all_statistics(name, d_model, most, of, version):
+    """lse, entropy, log_prob, rank and the top k's candidates over the product."""
     main = compiled(name, 90, version)[0]
     tile = (main.constants[dimension] for dimension in ("BM", "BN", "BK"))
     prediction = static.predict(main, *tile, d_model, 90)
     assert 8 < prediction.instructions_per_logit < 16
-    assert 1 <= prediction.overlapped <= prediction.serial <= most
+    assert 1 <= prediction.overlapped <= getattr(prediction, of) <= most

@@ -219,7 +219,7 @@ def plan(
         whole = head.vocab // (8 * tile.members)
         band = launch.row_band(d_model, wide, tile)
         splits = launch.vocabulary_splits(blocks, whole, launch.processors(head.weight.device), band) if whole else 0
-        return 16 * row_count * (splits + 2)
+        return 16 * row_count * ((1 + tile.overlapped) * splits + 2)
 
     def needed(block: int, group: int, width: int) -> int:
         rows = block * group

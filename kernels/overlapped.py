@@ -1,0 +1,214 @@
+"""The vocabulary pass of Hopper GPUs for few features: the statistics of one tile under the product of the next.
+
+Where d_model is small, a tile's statistics take a good part of the time of its product, and in statistics.py the matrix
+units rest meanwhile. Here two groups of four warps take turns: one multiplies a tile while the other has its statistics
+to do. A ninth warp has the copy engine bring the tiles of W, in the order in which the two will want them, into a ring
+of stages that each group frees as it goes. A barrier knows but the parity of its phase, so a group may wait for a stage
+only once the tile before its own has come: the other group hands it the turn.
+
+All of the program's rows of x stay in shared memory, so that W alone streams: 32 bytes a clock and processor for tiles
+of 128 x 128, where both operands would be 64, more than the 38 that L2 gave on an H100. It is what limits d_model: x
+and two stages at least must fit.
+
+It has compiled for Hopper, and its order of events has run in software (tests/kernels/partitions.py), but not on a GPU.
+So no built-in tile asks for it: search.py tries it, and an entry of its file may.
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tuned_lens_fast.kernels.launch import Tile
+from tuned_lens_fast.kernels.logits import EMPTY, MASKED
+from tuned_lens_fast.kernels.statistics import program_of, store_state, tile_statistics
+
+#: Arguments that change from launch to launch: one compiled kernel serves them all.
+_SIZES = ["R", "V", "groups", "tiles", "tiles_per_split", "row_blocks", "splits", "slots8"]
+_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name in Triton 3.6
+
+
+@gluon.jit
+def _in_layout_of(value, like):
+    return gl.convert_layout(value, like.type.layout)
+
+
+@gluon.jit
+def _alternating(start, stop, MERGED: gl.constexpr):
+    """Of the tiles [start, stop), slots of MERGED go to the groups in turn; how many pairs of slots are whole, and how
+    many tiles the groups have in the last, where the first is served first."""
+    pairs = (stop - start) // (2 * MERGED)
+    rest = (stop - start) % (2 * MERGED)
+    return pairs, gl.minimum(rest, MERGED), gl.maximum(rest - MERGED, 0)
+
+
+@gluon.jit
+def _copy(
+    x, w, x_here, filled, free, x_rows, ring, row, start, stop,
+    BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, MERGED: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(x_here, STEPS * x.block_type.nbytes)
+    for k in range(STEPS):
+        _load_tile(x, [row, k * BK], x_here, x_rows.index(k))
+    pairs, _, last = _alternating(start, stop, MERGED)
+    stage = 0
+    phase = 1
+    for n in range(stop - start):
+        within = n % (2 * MERGED)
+        in_turn = gl.where(n // (2 * MERGED) < pairs, MERGED, last)  # of the second group's slot
+        alternate = within < 2 * in_turn
+        who = gl.where(alternate, within % 2, 0)
+        part = gl.where(alternate, within // 2, within - in_turn)
+        tile = start + n - within + who * MERGED + part
+        for k in range(STEPS):
+            mbarrier.wait(free.index(stage), phase)
+            mbarrier.expect(filled.index(stage), w.block_type.nbytes)
+            _load_tile(w, [0, tile * 8, k * BK], filled.index(stage), ring.index(stage))
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+
+
+@gluon.jit
+def _take_turns(
+    bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
+    R, V, groups, split, slots8, scale, softcap, key_mask,
+    WHO: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
+    STAGES: gl.constexpr, MERGED: gl.constexpr,
+    BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr,
+    ENTROPY: gl.constexpr, RANK: gl.constexpr, TOP: gl.constexpr,
+):  # fmt: skip
+    MEMBERS: gl.constexpr = BN // 8
+    logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BN, 16])
+    column = gl.arange(0, BN, gl.SliceLayout(0, logits))
+    nothing = gl.zeros([BM, BN], gl.float32, logits)
+    grouped: gl.constexpr = nothing.reshape([BM, MEMBERS, 8]).type.layout
+    a_group: gl.constexpr = gl.SliceLayout(1, grouped)
+    rows = row + gl.arange(0, BM, gl.SliceLayout(1, a_group))
+    row_mask = rows < R
+    target_logit = gl.zeros([BM], gl.float32, gl.SliceLayout(1, gl.SliceLayout(2, grouped)))
+    if RANK:
+        own = row + gl.arange(0, BM, gl.SliceLayout(1, gl.SliceLayout(2, grouped)))
+        target_logit = gl.load(target_logits + own, mask=own < R, other=0.0)
+    m = gl.full([BM, 8], EMPTY, gl.float32, a_group)
+    s = gl.zeros([BM, 8], gl.float32, a_group)
+    t = gl.zeros([BM, 8], gl.float32, a_group)
+    above = gl.zeros([BM, 8], gl.float32, a_group)
+    best = gl.full([BM, 8], MASKED, gl.float32, a_group)
+    first = best
+    second = best
+
+    pairs, first_last, second_last = _alternating(start, stop, MERGED)
+    mbarrier.wait(x_here, 0)
+    for n in range(pairs * MERGED + (second_last if WHO else first_last)):
+        pair = n // MERGED
+        part = n % MERGED
+        slot = start // MERGED + 2 * pair + WHO
+        tile = slot * MERGED + part
+        # Where the ring has it: after its own group's tiles, and those of the other that come before.
+        in_turn = gl.where(pair < pairs, MERGED, second_last)
+        step = (pair * (2 * MERGED) + part + gl.minimum(part + WHO, in_turn)) * STEPS
+        stage = step % STAGES
+        phase = (step // STAGES) & 1
+        before = stage
+        # Only the first group's last slot may have tiles that follow one of its own.
+        if pair < pairs or part <= in_turn:
+            mbarrier.wait(turn.index(WHO), (n & 1) ^ (1 - WHO))
+        acc = nothing
+        for k in range(STEPS):
+            mbarrier.wait(filled.index(stage), phase)
+            weight = ring.index(stage).reshape([BN, BK]).permute((1, 0))
+            acc = warpgroup_mma(x_rows.index(k), weight, acc, use_acc=k > 0, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(free.index(before), count=1, pred=k > 0)  # the product before this one is done
+            before = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        mbarrier.arrive(turn.index(1 - WHO), count=1)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(free.index(before), count=1)
+        token = tile * 8 + column % 8 + (column // 8) * groups
+        m, s, t, above, best, first, second = tile_statistics(
+            acc, m, s, t, above, best, first, second, target_logit, bias, token, token < V, column // 8, part, slot,
+            keys, rows, row_mask, gl.arange(0, 8, gl.SliceLayout(0, a_group)), slots8 * 8, scale, softcap, key_mask,
+            BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, False, ENTROPY, RANK, TOP, _in_layout_of,
+        )  # fmt: skip
+    store_state(m, s, t, above, state, rows, row_mask, 2 * split + WHO, R, ENTROPY, RANK)
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def _overlapped(
+    x, w, bias, target_logits, state, keys,
+    R, V, groups, tiles, tiles_per_split, row_blocks, splits, slots8, scale, softcap, key_mask,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    BAND: gl.constexpr, MERGED: gl.constexpr,
+    BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr,
+    ENTROPY: gl.constexpr, RANK: gl.constexpr, TOP: gl.constexpr,
+):  # fmt: skip
+    block, split = program_of(gl.program_id(0), row_blocks, splits, BAND)
+    row = block * BM
+    start = split * tiles_per_split
+    stop = gl.minimum(start + tiles_per_split, tiles)
+    x_rows = gl.allocate_shared_memory(x.dtype, [STEPS, BM, BK], x.layout)
+    ring = gl.allocate_shared_memory(w.dtype, [STAGES, BN // 8, 8, BK], w.layout)
+    x_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(x_here, count=1)
+    mbarrier.init(turn.index(0), count=1)
+    mbarrier.init(turn.index(1), count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(filled.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=1)
+    gl.warp_specialize(
+        [
+            (_take_turns, (bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
+                           R, V, groups, split, slots8, scale, softcap, key_mask, 0, BM, BN, BK, STEPS, STAGES, MERGED,
+                           BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
+            (_take_turns, (bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
+                           R, V, groups, split, slots8, scale, softcap, key_mask, 1, BM, BN, BK, STEPS, STAGES, MERGED,
+                           BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
+            (_copy, (x, w, x_here, filled, free, x_rows, ring, row, start, stop, BK, STEPS, STAGES, MERGED)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def shared_bytes(tile: Tile, d_model: int) -> int:
+    """Of a program: the rows of x, the ring of stages and the barriers, for 16-bit operands."""
+    steps = triton.cdiv(d_model, tile.block_depth)
+    return 2 * tile.block_depth * (steps * tile.block_rows + tile.stages * tile.block_vocab) + 8 * (3 + 2 * tile.stages)
+
+
+def whole_tiles(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, tile: Tile,
+    target_logits: Tensor | None, state: Tensor, keys: Tensor | None,
+    tiles: int, per_split: int, row_blocks: int, splits: int, slots8: int, key_mask: int, band: int, entropy: bool,
+) -> None:  # fmt: skip
+    """The statistics of the first ``tiles`` tiles of the vocabulary, in two parts of ``state`` a slice."""
+    rows, d_model = x.shape
+    stride, depth = weight.stride(0), tile.block_depth
+    groups = weight.shape[0] // tile.members
+    flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
+    a = TensorDescriptor(x, [rows, d_model], [x.stride(0), 1], [tile.block_rows, depth], flat)
+    b = TensorDescriptor(
+        weight, [tile.members, groups, d_model], [groups * stride, stride, 1], [tile.members, 8, depth], deep
+    )
+    _overlapped[(row_blocks * splits,)](
+        a, b, bias, target_logits, state, keys,
+        rows, weight.shape[0], groups, tiles, per_split, row_blocks, splits, slots8, scale, softcap or 1.0, key_mask,
+        BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(d_model, depth), STAGES=tile.stages,
+        BAND=band, MERGED=tile.merged,
+        BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
+        ENTROPY=entropy, RANK=target_logits is not None, TOP=keys is not None,
+        num_warps=tile.warps // 2, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""The overlapped vocabulary pass on a Hopper GPU; tests/kernels/test_overlapped.py has run it in software."""
+
+import dataclasses
+
+import pytest
+import reference
+import torch
+from test_statistics import ids, operands, statistics_of
+
+from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.kernels import launch
+from tuned_lens_fast.kernels.gather import target_logits
+from tuned_lens_fast.kernels.search import overlapped_candidates
+from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+
+
+@pytest.fixture(autouse=True)
+def _hopper(device):
+    if launch.architecture(device)[0] != 9:
+        pytest.skip("warpgroup instructions are Hopper's; this GPU is another")
+
+
+@pytest.mark.parametrize("merged", [1, 4])
+@pytest.mark.parametrize(("rows", "d_model", "vocab"), [(1_000, 576, 49_152), (300, 640, 50_001), (77, 768, 9_000)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_against_float64(rows, d_model, vocab, merged, dtype, device):
+    for tile in overlapped_candidates(d_model):
+        x, w = operands(rows, d_model, vocab, dtype, device)
+        targets = ids(rows, vocab, device)
+        got = statistics_of(x, Head(w), targets, tile=dataclasses.replace(tile, merged=merged), keys=True)
+        reference.check(got, reference.logits(x[None], Head(w)), targets=targets)
+
+
+@pytest.mark.parametrize("d_model", [64, 576, 640])
+def test_gathered_logits_are_the_tiles(d_model, device):
+    for tile in overlapped_candidates(d_model):
+        x = torch.randn(1_000, d_model, device=device).bfloat16()
+        w = torch.randn(1, d_model, device=device).bfloat16().repeat(1_024, 1)
+        targets = torch.randint(1_024, (1_000,), device=device)
+        gathered = target_logits(x, w, None, 1.0, None, targets, tile)
+        groups = vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys
+        assert torch.equal(gathered, groups[:, 0].amax(1))
+
+
+def test_the_same_twice(device):
+    tile = next(overlapped_candidates(576))
+    x, w = operands(2_000, 576, 49_152, torch.bfloat16, device)
+    a, b = (vocabulary_statistics(x, w, None, 1.0, None, tile, entropy=True, keys=True) for _ in range(2))
+    for name in ("normaliser", "entropy", "keys"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name

@@ -1,0 +1,135 @@
+"""The overlapped vocabulary pass in software (partitions.py), and its order of events under every seed's schedule."""
+
+import dataclasses
+import json
+
+import cases
+import partitions
+import pytest
+import reference
+import torch
+from test_statistics import ids, operands, statistics_of
+
+from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.kernels import launch, overlapped, statistics
+from tuned_lens_fast.kernels.launch import Tile
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it on the GPU itself")
+
+SMALL = Tile(block_rows=16, block_vocab=64, block_depth=32, warps=8, stages=3, tma=True, overlapped=True)
+
+
+@pytest.fixture
+def software(monkeypatch, device):
+    """The kernel's stand-in; its schedule is drawn from ``seed``."""
+    launcher = partitions.Launcher(overlapped._overlapped)
+    monkeypatch.setattr(overlapped, "_overlapped", launcher)
+    return launcher
+
+
+def both(x, w, tile):
+    """By the overlapped kernel, and by the other in tiles of the same shape."""
+    return [
+        statistics.vocabulary_statistics(x, w, None, 1.0, None, some, keys=True) for some in (tile, tile.without_tma())
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "d_model", "vocab", "merged", "stages"),
+    [
+        (5, 32, 64, 1, 3),  # one tile: the second group has none
+        (17, 64, 640, 1, 2),
+        (16, 72, 1100, 2, 3),  # features and tokens that fill neither step nor tile
+        (18, 64, 1600, 4, 4),  # the last slots are not whole
+        (3, 40, 2048, 4, 5),
+    ],
+)
+def test_against_float64(rows, d_model, vocab, merged, stages, dtype, software):
+    tile = dataclasses.replace(SMALL, merged=merged, stages=stages)
+    x, w = operands(rows, d_model, vocab, dtype, "cpu")
+    targets = ids(rows, vocab, "cpu")
+    got = statistics_of(x, Head(w), targets, tile=tile, keys=True)
+    reference.check(got, reference.logits(x[None], Head(w)), targets=targets)
+    assert software.launches == 1
+
+
+@pytest.mark.parametrize(("bias", "scale", "softcap"), [(True, 1.0, None), (False, 0.5, 30.0), (True, 2.0, 20.0)])
+def test_every_head(bias, scale, softcap, software):
+    x, w = operands(6, 64, 700, torch.bfloat16, "cpu", size=3 / scale)
+    offsets = torch.randn(700).to(w.dtype)
+    offsets[5::9] = float("-inf")
+    head = Head(w, offsets if bias else None, scale, softcap)
+    targets = ids(6, 700, "cpu")
+    got = statistics_of(x, head, targets, tile=SMALL)
+    reference.check(got, reference.logits(x[None], head), targets=targets)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "merged"), [(2, 1), (3, 1), (1, 2), (3, 2), (6, 2), (7, 2), (3, 4), (8, 4), (9, 4), (14, 4)]
+)
+def test_candidates_are_those_of_the_other_kernel(tiles, merged, software):
+    """Every tile is some group's, once, and lands in its own slot."""
+    x, w = operands(4, 48, 64 * tiles, torch.bfloat16, "cpu")
+    here, there = both(x, w, dataclasses.replace(SMALL, merged=merged))
+    assert torch.equal(here.keys, there.keys)
+    torch.testing.assert_close(here.normaliser.sum(0), there.normaliser.sum(0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_events_gives_the_same(seed, software):
+    x, w = operands(8, 96, 576, torch.bfloat16, "cpu")
+    first = statistics.vocabulary_statistics(x, w, None, 1.0, None, SMALL, entropy=True, keys=True)
+    software.seed = seed + 1
+    again = statistics.vocabulary_statistics(x, w, None, 1.0, None, SMALL, entropy=True, keys=True)
+    for name in ("normaliser", "entropy", "keys"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+
+
+def test_a_whole_decode_takes_the_tile_of_an_entry(tmp_path, monkeypatch, software):
+    problem = cases.problem(torch.bfloat16, 64, 900, "cpu", top_k=5, layers=3, positions=7)
+    key = launch.entry_key(problem.head.weight.device, torch.bfloat16, 64, "ieee", True)
+    path = tmp_path / "tiles.json"
+    path.write_text(json.dumps({key: dataclasses.asdict(SMALL)}))
+    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
+    problem.check(problem.decode(ENGINES["triton"]))
+    assert software.launches
+
+
+def faulty(monkeypatch, old, new):
+    """The kernel with a mistake planted in its source."""
+    import inspect
+
+    function = overlapped._take_turns.fn
+    source = inspect.getsource(function).partition("\n")[2]
+    assert old in source
+    namespace = dict(function.__globals__)
+    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "<faulty>", "exec"), namespace)
+    planted = type(overlapped._take_turns).__new__(type(overlapped._take_turns))
+    planted.fn = namespace["_take_turns"]
+    monkeypatch.setattr(overlapped, "_take_turns", planted)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("mbarrier.wait(filled.index(stage), phase)", "pass", "changed under a product|more arrivals"),
+        ("mbarrier.wait(x_here, 0)", "pass", "changed under a product"),
+        ("mbarrier.arrive(free.index(before), count=1)\n", "pass\n", "wait for one another"),
+        ("mbarrier.arrive(free.index(before), count=1, pred=k > 0)", "mbarrier.arrive(free.index(stage), count=1)", ""),
+        ("mbarrier.wait(turn.index(WHO), (n & 1) ^ (1 - WHO))", "pass", "changed under a product"),
+        ("gl.minimum(part + WHO, in_turn)", "part", ""),
+    ],
+)
+def test_mistakes_in_the_order_of_events_are_found(old, new, said, monkeypatch, software):
+    faulty(monkeypatch, old, new)
+    x, w = operands(4, 128, 576, torch.bfloat16, "cpu")
+
+    def agree():
+        for software.seed in range(10):
+            here, there = both(x, w, SMALL)
+            assert torch.equal(here.keys, there.keys)
+
+    with pytest.raises(Exception, match=said):
+        agree()
