@@ -131,7 +131,7 @@ class Race:
     """Calls that are compared with each other, and how often each is made.
 
     The one named ``floor`` runs between any two of the others, for a machine's speed may change within a round, and as
-    often as it takes to last ``FLOOR_SHARE`` of the longer of them.
+    often as it takes to last ``FLOOR_SHARE`` of the longer of them, by what the later one took before.
     """
 
     calls: dict[str, Callable[[], Any]]
@@ -149,10 +149,12 @@ def interleaved(races: Sequence[Race], device: str, within: float = 0.0) -> list
 
     Races take turns, and calls within a race, each round in an order of its own, so that a machine that warms up or is
     throttled treats all alike, and none always follows the same other; those with fewer rounds have them spread over
-    the whole time. A call whose multiples are :func:`settled` ``within`` a share has no further rounds.
+    the whole time. A floor alone runs as often as the call with the most rounds. A call whose multiples are
+    :func:`settled` ``within`` a share has no further rounds.
     """
     most = max((rounds for race in races for rounds in race.rounds.values()), default=0)
     found: list[Times] = [{name: ([], []) for name in race.calls} for race in races]
+    threads = torch.get_num_threads()
     shuffled = random.Random(most)
     order = list(range(len(races)))
     for turn in range(most):
@@ -170,6 +172,7 @@ def interleaved(races: Sequence[Race], device: str, within: float = 0.0) -> list
             if race.threads is not None:
                 torch.set_num_threads(race.threads)
             _take_turns(race, due, times, device, alone=not names)
+    torch.set_num_threads(threads)
     for race, times in zip(races, found, strict=True):
         if race.floor is not None:
             times[race.floor][1].extend(1.0 for _ in times[race.floor][0])
@@ -188,12 +191,13 @@ def _take_turns(race: Race, due: list[str], times: Times, device: str, alone: bo
         times[race.floor][0].extend(seconds)
         return statistics.mean(seconds)
 
-    before = beside(0.0) if due or alone else math.nan
-    for name in due:
+    expected = [*(times[name][0][-1] if times[name][0] else 0.0 for name in due), 0.0]
+    before = beside(FLOOR_SHARE * expected[0]) if due or alone else math.nan
+    for name, following in zip(due, expected[1:], strict=True):
         seconds, ratios = times[name]
         seconds.append(timed(race.calls[name], device))
         if race.floor is not None:
-            after = beside(FLOOR_SHARE * seconds[-1])
+            after = beside(FLOOR_SHARE * max(seconds[-1], following))
             ratios.append(2 * seconds[-1] / (before + after))
             before = after
 

@@ -27,8 +27,8 @@ PREFACE = """# Performance
 
 Written by `python bench/report.py` from the files in `bench/results`.
 
-Times are medians of interleaved rounds. *Over product*: divided by the time of the bare matrix product of all rows with
-the unembedding, the faster of its forms, just before and after; quartiles in parentheses. *rows/s*: layers x positions
+Times are medians of interleaved rounds. *Over product*: divided by the median time of the bare matrix product of all
+rows with the unembedding in the quickest of its forms; quartiles in parentheses. *rows/s*: layers x positions
 a second, at the largest size. *MiB*: growth of the peak of memory during a call, for the sizes in turn; the answer is
 part of it, what the allocator keeps for later is not. *Error*: the largest difference from float64 of any value, on a
 sample of rows, as a share of what this package promises (1e-4 + 1e-5 of the value; 5e-4 + 1e-4 of it for reverse_kl, js

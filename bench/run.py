@@ -6,7 +6,7 @@
 
 All contenders get the same inputs and must give the numbers of float64 on a sample of rows before any is timed; one
 that does not is refused, one that cannot run says why. They take turns; times are medians with quartiles, and are told
-as multiples of the bare matrix product's just before and after. --suite runs the comparisons that docs/performance.md
+as multiples of the bare matrix product's as well. --suite runs the comparisons that docs/performance.md
 is made of (bench/report.py), each part in a process of its own, and goes on where it was stopped.
 The exit status is 1 where an engine of this package fails, or errs by more than it promises.
 """
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import Race, confidence, environment, exponent, interleaved, peak_growth, spread, timed
+from measure import Race, environment, exponent, interleaved, peak_growth, spread
 from presets import BUDGET, PRESETS, Problem, problems, question
 from suites import FULL, SUITES
 
@@ -53,39 +53,29 @@ def measure(some: list[tuple[Case, Problem]], contenders: list[Contender], optio
     for case, problem in some:
         torch.set_num_threads(case["threads"])
         case["contenders"], race = admit_all(contenders, problem, options)
-        case["floor"] = race.floor
         races.append(replace(race, threads=case["threads"]))
     device = some[0][1].device.type
     for (case, problem), times in zip(some, interleaved(races, device, options.within), strict=True):
-        for name, (seconds, ratios) in times.items():
-            case["contenders"][name] |= {"rounds": seconds, "ratios": ratios}
+        for name, (seconds, _) in times.items():
+            case["contenders"][name]["rounds"] = seconds
         sum_up(case, problem.rows)
-    del races
-    gc.collect()
 
 
 def admit_all(
     contenders: list[Contender], problem: Problem, options: argparse.Namespace
 ) -> tuple[dict[str, Case], Race]:
-    """Name -> status of every contender, why it has no time or what a first call told, and those that are timed.
-
-    Times are divided by those of the quickest floor.
-    """
+    """Name -> status of every contender, why it has no time or what a first call told; and those that are timed."""
     device = problem.device.type
     expected = expect(problem, options.sample)
     found: dict[str, Case] = {contender.name: {} for contender in contenders}
     race = Race({}, {})
 
     def enter(contender: Contender) -> None:
-        beside = [timed(race.calls[race.floor], device)] if race.floor else []
         found[contender.name], call, once = admit(contender, problem, expected, options.patience)
         if call is None:
             return
-        if once > options.patience and race.floor:
-            ratio = once / statistics.mean([*beside, timed(race.calls[race.floor], device)])
-            found[contender.name] |= {"rounds": [once], "ratios": [ratio]}
-        elif once > options.patience and not contender.floor:
-            found[contender.name] |= {"rounds": [once], "ratios": []}
+        if once > options.patience and not contender.floor:
+            found[contender.name]["rounds"] = [once]
         else:
             race.calls[contender.name] = call
             race.rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
@@ -102,15 +92,17 @@ def admit_all(
 
 
 def sum_up(case: Case, rows: int) -> None:
-    """Put the medians of its rounds into a case."""
-    for entry in case["contenders"].values():
-        if entry.get("rounds"):
-            entry["seconds"] = {**spread(entry["rounds"]), "rounds": len(entry["rounds"])}
-            entry["rows_per_second"] = rows / entry["seconds"]["median"]
-        if entry.get("ratios"):
-            entry["over_product"] = spread(entry["ratios"])
-            if len(entry["ratios"]) >= 6:
-                entry["over_product"]["low"], entry["over_product"]["high"] = confidence(entry["ratios"])
+    """Put the medians of its rounds into a case, and by how much they are those of the quickest floor."""
+    timed = {name: entry for name, entry in case["contenders"].items() if entry.get("rounds")}
+    for entry in timed.values():
+        entry["seconds"] = {**spread(entry["rounds"]), "rounds": len(entry["rounds"])}
+        entry["rows_per_second"] = rows / entry["seconds"]["median"]
+    floors = {name: entry["seconds"]["median"] for name, entry in timed.items() if CONTENDERS[name].floor}
+    case["floor"] = min(floors, key=floors.__getitem__, default=None)
+    for entry in timed.values() if floors else ():
+        entry["over_product"] = {
+            name: entry["seconds"][name] / floors[case["floor"]] for name in ("median", "q1", "q3")
+        }
 
 
 def admit(
@@ -414,7 +406,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "no wider than this share to either side",
     )
     parser.add_argument(
-        "--together", action="store_true", help="all sizes take turns, so that a machine's slower minutes meet them all"
+        "--together",
+        action="store_true",
+        help="all sizes take turns, so that a machine's slower minutes meet them all; nothing is shown before the end",
     )
     parser.add_argument("--patience", type=float, default=10, help="seconds; a slower contender is called once")
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")

@@ -6,12 +6,12 @@ to do. A ninth warp has the copy engine bring the tiles of W, in the order in wh
 of stages that each group frees as it goes. A barrier knows but the parity of its phase, so a group may wait for a stage
 only once the tile before its own has come: the other group hands it the turn.
 
-All of the program's rows of x stay in shared memory, so that W alone streams: 32 bytes a clock and processor for tiles
-of 128 x 128, where both operands would be 64, more than the 38 that L2 gave on an H100. It is what limits d_model: x
-and two stages at least must fit.
+All of the program's rows of x stay in shared memory, so that W alone streams: at the matrix units' full rate 32 bytes a
+clock and processor for tiles of 128 x 128. Both operands would be 64; the 128 x 256 tiles of statistics.py ask for 48
+and drew 8 TB/s from L2 on an H100, some 38. Room for x and two stages is what limits d_model.
 
 It has compiled for Hopper, and its order of events has run in software (tests/kernels/partitions.py), but not on a GPU.
-So no built-in tile asks for it: search.py tries it, and an entry of its file may.
+So no built-in tile asks for it: search.py tries it where --overlapped wants that, and an entry of its file may.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tuned_lens_fast.kernels.statistics import program_of, store_state, tile_sta
 
 #: Arguments that change from launch to launch: one compiled kernel serves them all.
 _SIZES = ["R", "V", "groups", "tiles", "tiles_per_split", "row_blocks", "splits", "slots8"]
-_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name in Triton 3.6
+#: Triton 3.6 calls it async_copy_global_to_shared.
+_load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -194,7 +195,20 @@ def whole_tiles(
     target_logits: Tensor | None, state: Tensor, keys: Tensor | None,
     tiles: int, per_split: int, row_blocks: int, splits: int, slots8: int, key_mask: int, band: int, entropy: bool,
 ) -> None:  # fmt: skip
-    """The statistics of the first ``tiles`` tiles of the vocabulary, in two parts of ``state`` a slice."""
+    """The statistics of the first ``tiles`` tiles of the vocabulary.
+
+    Args:
+        x: ``[rows, d_model]`` and weight: ``[vocab, d_model]``, of one 16-bit dtype, rows 16 bytes apart or a multiple.
+        target_logits: fp32 ``[rows]`` where a rank is wanted.
+        state: fp32 ``[2 * splits + ..., 4, rows]``, of which the first two a slice are written.
+        keys: fp32 ``[rows, 2, slots]`` where a top k is wanted.
+        tiles, per_split, row_blocks, splits, slots8, key_mask, band: as ``vocabulary_statistics`` cuts its work.
+
+    Raises:
+        ValueError: the tile is none that this kernel can take.
+    """
+    if tile.stages < 2 or tile.warps != 8:
+        raise ValueError(f"tile: got {tile}, wanted 8 warps and 2 stages at least of one that is overlapped")
     rows, d_model = x.shape
     stride, depth = weight.stride(0), tile.block_depth
     groups = weight.shape[0] // tile.members

@@ -3,8 +3,9 @@
     python -m tuned_lens_fast.kernels.search --d-model 4096 --vocab 128256 --out tiles.json
     TUNED_LENS_FAST_TILES=tiles.json python your_script.py
 
-Every candidate that compiles must give the sums of the built-in tile, and gathered targets' logits to the bit as they
-are in its tiles; those that do are timed in turn, and the median decides. An entry belongs to one GPU model, Triton
+Every candidate that compiles must give the built-in tile's sums and top ten, and gathered targets' logits to the bit as
+they are in its tiles; those that do are timed in turn, and the median decides. Tiles of overlapped.py are tried where
+--overlapped asks for them, and alone: they have run on no GPU yet. An entry belongs to one GPU model, Triton
 version, dtype and d_model, with or without a top k, and is used for no other; the file may hold many, and another
 search adds to it.
 """
@@ -28,16 +29,19 @@ from tuned_lens_fast.files import written_aside
 from tuned_lens_fast.kernels import launch
 from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.launch import Tile
-from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+from tuned_lens_fast.kernels.statistics import RowStatistics, vocabulary_statistics
+from tuned_lens_fast.kernels.top_k import serves, top_k
 
 #: As far as two tiles' sums of the same products may be apart, in nats.
 TOLERANCE = 2e-3
+#: Share of rows whose top ten may differ: a tenth and an eleventh token as likely are told apart by rounding.
+MOST_DIFFERENT = 2e-3
 #: Of a program, on Hopper and Blackwell.
 SHARED_BYTES = 227 * 1024
 
 
 def overlapped_candidates(d_model: int) -> Iterator[Tile]:
-    """For 16-bit operands on Hopper: tiles of overlapped.py with as many stages as shared memory has room for."""
+    """For 16-bit operands on Hopper: tiles of overlapped.py with as many stages as fit, and with one fewer."""
     from tuned_lens_fast.kernels.overlapped import shared_bytes
 
     for depth in (64, 32):
@@ -74,20 +78,20 @@ def search(
     Raises:
         RuntimeError: the first tile, which says what is right, does not work.
     """
-    calls: dict[Tile, Callable[[], Tensor]] = {}
-    expected = None
+    calls: dict[Tile, Callable[[], RowStatistics]] = {}
+    expected: tuple[Tensor, Tensor] | None = None
     alike = weight[:1].repeat(min(len(weight), 4096), 1)  # of these, every token's logit is the largest
     targets = torch.arange(len(x), device=x.device) % len(alike)
     for tile in tiles:
         whole = replace(tile, merged=launch.merged_tiles(len(weight), tile, 10)) if keys else tile
 
-        def call(whole: Tile = whole) -> Tensor:
+        def call(whole: Tile = whole) -> RowStatistics:
             return vocabulary_statistics(
                 x, weight, None, 1.0, None, whole, entropy=True, keys=keys, precision=precision
-            ).normaliser.sum(0)
+            )
 
         try:
-            lse = call()
+            sums, best = _answer(call(), x, weight, whole)
             gathered = target_logits(x, alike, None, 1.0, None, targets, whole, precision)
             groups = vocabulary_statistics(x, alike, None, 1.0, None, whole, keys=True, precision=precision).keys
             assert groups is not None
@@ -97,9 +101,11 @@ def search(
                 raise RuntimeError(f"the built-in {tile} does not work here") from error
             print(f"{tile}: {type(error).__name__}", file=sys.stderr)
             continue
-        expected = lse if expected is None else expected
-        if not bool(((lse - expected).abs() <= TOLERANCE).all()):
+        expected = expected or (sums, best)
+        if not bool(((sums - expected[0]).abs() <= TOLERANCE).all()):
             print(f"{tile}: wrong sums", file=sys.stderr)
+        elif _differ(best, expected[1]) > MOST_DIFFERENT:
+            print(f"{tile}: wrong top ids", file=sys.stderr)
         elif not same:
             print(f"{tile}: a gathered target's logit is not its tile's", file=sys.stderr)
         else:
@@ -113,6 +119,28 @@ def search(
             _wait(x)
             seconds[tile].append(time.perf_counter() - start)
     return {tile: statistics.median(some) for tile, some in seconds.items()}
+
+
+def _answer(found: RowStatistics, x: Tensor, weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """lse and entropy ``[2, rows]``, and every row's top ids ``[rows, 10]`` in ascending order, or fewer.
+
+    -1 where the kernels hand a row back; ``[rows, 0]`` where no top k is wanted, or for too small a vocabulary.
+    """
+    assert found.entropy is not None
+    sums = torch.stack([found.normaliser.sum(0), found.entropy])
+    k = next((k for k in (10, 5, 1) if found.keys is not None and serves(k, found.keys.shape[2])), 0)
+    if found.keys is None or not k:
+        return sums, torch.empty(len(x), 0, dtype=torch.int64)
+    ids, _, back = top_k(x, weight, None, 1.0, None, found.keys, found.normaliser, k, tile)
+    return sums, ids.masked_fill(back[:, None], -1).sort(1).values
+
+
+def _differ(ids: Tensor, others: Tensor) -> float:
+    """Of the rows that neither handed back, the share whose top ids differ."""
+    if ids.shape != others.shape:  # so small a vocabulary that one of them serves fewer
+        return 0.0
+    both = ((ids >= 0) & (others >= 0)).all(1)
+    return float((ids != others).any(1)[both].float().mean()) if bool(both.any()) else 0.0
 
 
 def _wait(x: Tensor) -> None:
@@ -155,9 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     built_in = launch.built_in_tile(launch.architecture(device), dtype, options.d_model, options.precision, keys)
     x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
     weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
-    tiles = [built_in] if options.overlapped else list(candidates(built_in, dtype.itemsize))
-    if launch.architecture(device)[0] == 9 and dtype.itemsize == 2 and built_in.tma:
-        tiles += overlapped_candidates(options.d_model)
+    tiles = list(candidates(built_in, dtype.itemsize))
+    if options.overlapped:
+        if launch.architecture(device)[0] != 9 or dtype.itemsize != 2 or not built_in.tma:
+            parser.error("--overlapped: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model")
+        tiles = [built_in, *overlapped_candidates(options.d_model)]
     found = search(x, weight, tiles, keys=keys, precision=options.precision)
     for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")

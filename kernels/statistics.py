@@ -57,10 +57,11 @@ def tile_statistics(
     BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
     ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, LAID_OUT_AS: tl.constexpr,
 ):  # fmt: skip
-    """The rows' running state after one more tile.
+    """The rows' running state after one more tile, acc ``[BM, BN]``.
 
-    Where the compiler is not the one to choose layouts (overlapped.py), LAID_OUT_AS(value, like) gives ``value`` that
-    of ``like``.
+    m, s, t, above, best, first, second are ``[BM, 8]``, token, valid and member ``[BN]``, group ``[8]``. Where the
+    compiler is not the one to choose layouts (overlapped.py), LAID_OUT_AS(value, like) gives ``value`` that of
+    ``like``.
     """
     if BIAS:
         acc += tl.load(bias + token, mask=valid, other=0.0).to(tl.float32)[None, :]
@@ -107,7 +108,7 @@ def tile_statistics(
 
 @triton.jit
 def store_state(m, s, t, above, state, rows, row_mask, part, R, ENTROPY: tl.constexpr, RANK: tl.constexpr):
-    """What a program knows of its rows in the end, as the ``part``-th of what _merge adds up."""
+    """What a program knows of its rows in the end, as one of the parts of state ``[parts, 4, R]`` that _merge adds up."""
     m_row = tl.max(m, 1)
     shift = m - m_row[:, None]
     decay = tl.exp2(shift)

@@ -22,6 +22,7 @@ import reference  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from checking import expect, judge  # noqa: E402
+from contenders import layer_loop  # noqa: E402
 from contenders.adapter import Contender  # noqa: E402
 from suites import EVERY, FULL, SUITES  # noqa: E402
 
@@ -247,7 +248,7 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
 
 
 def test_all_sizes_take_turns(tmp_path, monkeypatch):
-    sizes = ["--positions", "2", "3", "4", "--contenders", "product", "eager", "compiled", "--least", "1"]
+    sizes = ["--positions", "2", "3", "4", "--contenders", "product", "eager", "--least", "1"]
     races, measured = [], measure.interleaved
 
     def spied(some, *rest):
@@ -262,7 +263,6 @@ def test_all_sizes_take_turns(tmp_path, monkeypatch):
         for entry in case["contenders"].values():
             assert entry["seconds"]["rounds"] == len(entry["rounds"])
             assert entry["seconds"]["median"] == statistics.median(entry["rounds"])
-            assert min(entry["rounds"]) > 0.1 * max(entry["rounds"])  # nothing is compiled anew
     assert {line["axis"] for line in result["exponents"]} == {"positions"}
 
 
@@ -356,7 +356,7 @@ def test_races_take_turns(monkeypatch):
     ]
     before = torch.get_num_threads()
     found = measure.interleaved(races, "cpu")
-    torch.set_num_threads(before)
+    assert torch.get_num_threads() == before
     assert {threads for name, threads in turns if name.endswith("1")} == {1}
     assert {threads for name, threads in turns if name.endswith("2")} == {2}
     order = [name[1] for name, _ in turns if name[0] == "b"]
@@ -364,12 +364,22 @@ def test_races_take_turns(monkeypatch):
     assert [len(times["b"][1]) for times in found] == [4, 4]
 
 
+def test_a_second_problem_makes_nothing_compile_anew():
+    if why := layer_loop.no_compiler(problem()):
+        pytest.skip(why)
+    calls = [contenders.CONTENDERS["compiled"].prepare(problem(positions=count)) for count in (2, 3)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for call in (*calls, *calls):
+        call()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
 def test_the_floor_lasts_a_share_of_what_it_is_held_against(monkeypatch):
     turns = []
     monkeypatch.setattr(measure, "timed", lambda call, device: call())
     calls = {"floor": lambda: turns.append("f") or 1.0, "long": lambda: turns.append("l") or 35.0}
     [found] = measure.interleaved([measure.Race(calls, {"floor": 2, "long": 2}, "floor")], "cpu")
-    assert "".join(turns) == 2 * "flffff"
+    assert "".join(turns) == "flffff" + "fffflffff"
     assert found["long"][1] == [35.0, 35.0]
 
 

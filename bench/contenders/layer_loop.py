@@ -108,6 +108,8 @@ def compiled(function: FunctionType) -> Callable:
 
     torch.compile keeps its results by code object, hence the copy.
     """
+    assert function.__closure__ is None
+    assert function.__kwdefaults__ is None
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
     return torch.compile(own, dynamic=False)
 

@@ -276,11 +276,11 @@ class Launcher:
 
     def __init__(self, kernel: GluonJITFunction, seed: int = 0) -> None:
         self.kernel, self.seed, self.launches = kernel, seed, 0
+        self.splits = 1
 
     def __getitem__(self, grid):
         def run(*args, num_warps, enable_fp_fusion, **constants):
             self.launches += 1
-            tl.block_type.layout = None  # which the kernel hands on
             namespace = dict(self.kernel.fn.__globals__)
             namespace |= _stand_ins(Turns(self.seed))
             for name, value in namespace.items():

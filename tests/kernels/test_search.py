@@ -10,6 +10,7 @@ from tuned_lens_fast.engines import triton as engine
 from tuned_lens_fast.engines.seam import Head, Query
 from tuned_lens_fast.kernels import launch, search
 from tuned_lens_fast.kernels.launch import built_in_tile, entry_key, statistics_tile
+from tuned_lens_fast.kernels.overlapped import shared_bytes
 
 CPU = torch.device("cpu")
 TILE = built_in_tile((0, 0), torch.float32, 32)
@@ -36,11 +37,22 @@ def test_candidates_are_such_as_the_kernels_can_use(capability, dtype):
         assert tile.stages * (tile.block_rows + tile.block_vocab) * tile.block_depth * dtype.itemsize <= 227 * 1024
 
 
+@pytest.mark.parametrize(("d_model", "stages"), [(64, [8, 7]), (576, [5, 4]), (640, [4, 3]), (768, [2]), (840, [])])
+def test_overlapped_tiles_fill_shared_memory(d_model, stages):
+    tiles = list(search.overlapped_candidates(d_model))
+    assert bool(tiles) == (d_model <= 832)
+    assert [tile.stages for tile in tiles if tile.block_depth == 64] == stages
+    assert len(set(tiles)) == len(tiles)
+    for tile in tiles:
+        assert shared_bytes(tile, d_model) <= search.SHARED_BYTES
+        assert d_model == 64 or shared_bytes(replace(tile, stages=tile.stages + 2), d_model) > search.SHARED_BYTES
+
+
 @pytest.mark.parametrize("keys", [False, True])
 def test_tiles_that_fail_or_err_are_left_out(keys, monkeypatch, capsys):
     x, weight = torch.randn(20, 32), torch.randn(300, 32)
     other, failing, wrong = replace(TILE, block_rows=32), replace(TILE, stages=2), replace(TILE, stages=3)
-    apart = replace(TILE, stages=4)
+    apart, misplaced = replace(TILE, stages=4), replace(TILE, stages=5)
     run, gather = search.vocabulary_statistics, search.target_logits
 
     def planted(x, weight, *args, **kwargs):
@@ -50,6 +62,8 @@ def test_tiles_that_fail_or_err_are_left_out(keys, monkeypatch, capsys):
         found = run(x, weight, *args, **kwargs)
         if tile.stages == 3:
             found.normaliser[0, 0] += 1
+        if tile.stages == 5 and keys:
+            found.keys.copy_(found.keys.roll(8, 2))
         return found
 
     def gathered(*args):
@@ -57,12 +71,13 @@ def test_tiles_that_fail_or_err_are_left_out(keys, monkeypatch, capsys):
 
     monkeypatch.setattr(search, "vocabulary_statistics", planted)
     monkeypatch.setattr(search, "target_logits", gathered)
-    found = search.search(x, weight, [TILE, other, failing, wrong, apart], keys=keys, rounds=3)
-    assert set(found) == {TILE, other}
+    found = search.search(x, weight, [TILE, other, failing, wrong, apart, misplaced], keys=keys, rounds=3)
+    assert set(found) == {TILE, other} | (set() if keys else {misplaced})
     assert all(seconds > 0 for seconds in found.values())
     said = capsys.readouterr().err
     assert "RuntimeError" in said
     assert "wrong sums" in said
+    assert ("wrong top ids" in said) == keys
     assert "a gathered target's logit" in said
     with pytest.raises(RuntimeError, match=r"the built-in Tile.* does not work here"):
         search.search(x, weight, [failing, TILE], keys=keys)
