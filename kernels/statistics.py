@@ -108,7 +108,7 @@ def tile_statistics(
 
 @triton.jit
 def store_state(m, s, t, above, state, rows, row_mask, part, R, ENTROPY: tl.constexpr, RANK: tl.constexpr):
-    """What a program knows of its rows in the end, as one of the parts of state ``[parts, 4, R]`` that _merge adds up."""
+    """What a program knows of its rows in the end: one part of state ``[parts, 4, R]``, which _merge adds up."""
     m_row = tl.max(m, 1)
     shift = m - m_row[:, None]
     decay = tl.exp2(shift)
