@@ -21,7 +21,7 @@ import torch
 
 #: What decides how fast a CPU multiplies.
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "i8mm")
-#: Of a call's seconds, what the floor takes after it.
+#: Of a call's seconds, what the floor takes before and after it, at least.
 FLOOR_SHARE = 0.1
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tuned-lens", "cut-cross-entropy", "liger-kernel")
 
