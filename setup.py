@@ -1,4 +1,4 @@
-"""Builds csrc/ where it can, and maps the folder kernels/ to the package tuned_lens_fast.kernels.
+"""Builds csrc/ where it can, and finds the packages: kernels/ is tuned_lens_fast.kernels by a link.
 
 Everything else is in pyproject.toml. The native engine needs a C++ compiler and, in the environment it is built in, a
 PyTorch of 2.10 or newer: the first whose stable ABI has all that csrc/ uses, so that one build serves every later
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 WANTED = os.environ.get("TUNED_LENS_FAST_NATIVE", "")
 if WANTED not in ("", "0", "1", "sanitize"):
@@ -64,7 +64,7 @@ def native():
         "extra_link_args": linked,
         "py_limited_api": True,
     }
-    sources = ["csrc/tile.cpp", "csrc/product.cpp"]
+    sources = ["csrc/tile.cpp", "csrc/matmul.cpp"]
     extensions = [CppExtension("tuned_lens_fast._native", sources, extra_compile_args=flags, **common)]
     if torch.version.cuda is not None and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists():
         if not torch.cuda.is_available():  # else PyTorch builds for the GPUs it sees
@@ -87,17 +87,13 @@ def skip(reason):
     return {}
 
 
+packages = find_packages(include=["tuned_lens_fast", "tuned_lens_fast.*"])
+if "tuned_lens_fast.kernels" not in packages:  # a checkout without symbolic links has a small file in the link's place
+    packages.append("tuned_lens_fast.kernels")
+
 setup(
-    packages=[
-        "tuned_lens_fast",
-        "tuned_lens_fast.data",
-        "tuned_lens_fast.engines",
-        "tuned_lens_fast.kernels",
-        "tuned_lens_fast.models",
-        "tuned_lens_fast.nn",
-        "tuned_lens_fast.plotting",
-    ],
-    package_dir={"tuned_lens_fast": "tuned_lens_fast", "tuned_lens_fast.kernels": "kernels"},
+    packages=packages,
+    package_dir={} if Path("tuned_lens_fast/kernels").is_dir() else {"tuned_lens_fast.kernels": "kernels"},
     package_data={"tuned_lens_fast": ["py.typed"]},
     **native(),
 )

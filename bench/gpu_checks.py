@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
 
 
 def tests(path: Path) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def main() -> int:
         "tests": tests(scratch / "tests.xml"),
         "profile": profile(scratch / "profile.csv"),
     }
-    with written_aside(out) as aside:
+    with atomic_write(out) as aside:
         aside.write_text(json.dumps(found, indent=1) + "\n")
     print(f"tests: {found['tests']}\nprofile: {found['profile']}")
     return 0

@@ -29,11 +29,11 @@ from run import command
 from torch import Tensor
 
 from tuned_lens_fast import LogitLens, decode_documents
+from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines import ENGINES, choose
-from tuned_lens_fast.engines.seam import STATISTICS
-from tuned_lens_fast.files import written_aside
-from tuned_lens_fast.question import DEFAULT_MEMORY_BUDGET
+from tuned_lens_fast.engines.interface import STATISTICS
 from tuned_lens_fast.streaming import prepare
+from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
 
 class Clock:
@@ -201,7 +201,7 @@ def main() -> None:
             "statistics": [*args.stats, f"top_{args.top_k}"],
             "runs": found,
         }
-        with written_aside(args.out) as aside:
+        with atomic_write(args.out) as aside:
             aside.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -11,7 +11,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from measure import exponent
 
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
 
 #: A contender looks the same in every picture: colour and marker (colours that the colour-blind can tell apart).
 LOOKS = {
@@ -35,7 +35,7 @@ AXES = {"positions": "positions", "layers": "layers", "vocab": "tokens in the vo
 
 def save(figure: Any, path: Path) -> None:
     """The same figure gives the same bytes."""
-    with plt.rc_context({"svg.hashsalt": "tuned_lens_fast"}), written_aside(path) as aside:
+    with plt.rc_context({"svg.hashsalt": "tuned_lens_fast"}), atomic_write(path) as aside:
         figure.savefig(aside, format="svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 

@@ -1,7 +1,7 @@
 """Real models' shapes, and inputs in such a shape: random but peaked like a model's, or a model's own.
 
 What every contender is given is a :class:`Problem`: hidden states of all layers and the plain tensors of a lens
-(``tuned_lens_fast.engines.seam``), so that each does the same job from the same inputs.
+(``tuned_lens_fast.engines.interface``), so that each does the same job from the same inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import STATISTICS, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import STATISTICS, Head, Norm, Query, Translator
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from measure import Race, environment, interleaved
 from presets import BUDGET, PRESETS, Problem, license_ids, problems, real_model
 from run import command
 
+from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.seam import Norm
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.engines.interface import Norm
 
 #: Vocabulary beside which translators and norm take nearly all of the time.
 FEW_TOKENS = 256
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     result = run(options, command("profile_decode.py", arguments))
     if options.out:
-        with written_aside(options.out) as aside:
+        with atomic_write(options.out) as aside:
             aside.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

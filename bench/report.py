@@ -18,7 +18,7 @@ from typing import Any
 import pictures
 from run import AGREEMENT, agreement
 
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
 
 HERE = Path(__file__).parent
 AGAIN = "-again"
@@ -365,7 +365,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.svg"):
         old.unlink()
-    with written_aside(target) as aside:
+    with atomic_write(target) as aside:
         aside.write_text(document(results, folder))
     print(f"written: {target}")
     return 0

@@ -35,8 +35,8 @@ from measure import Race, environment, exponent, interleaved, peak_growth, sprea
 from presets import BUDGET, PRESETS, Problem, problems, question
 from suites import FULL, SUITES
 
+from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines.native import has_amx
-from tuned_lens_fast.files import written_aside
 
 HERE = Path(__file__).parent
 #: Ratios of two runs further apart than this are told apart.
@@ -443,7 +443,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     result = run(options, command("run.py", arguments))
     if options.out:
-        with written_aside(options.out) as aside:
+        with atomic_write(options.out) as aside:
             aside.write_text(json.dumps(result, indent=1) + "\n")
     broken = promises_broken(result)
     for line in broken:

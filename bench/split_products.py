@@ -16,16 +16,16 @@ from checking import expect, judge
 from presets import BUDGET, problems, question
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import EagerEngine, Product
+from tuned_lens_fast.engines.eager import EagerEngine, Matmul
+from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.matmuls import FmaMatmul, bf16_parts
 from tuned_lens_fast.engines.native import has_fma
-from tuned_lens_fast.engines.products import FmaProduct, bf16_parts
-from tuned_lens_fast.engines.seam import Head
 
 #: Name -> parts of every number, and the most that the numbers of two parts that are multiplied add up to.
 SPLITS = {"one product": (1, 0), "three": (2, 1), "four": (2, 2), "six": (3, 2)}
 
 
-class SplitProduct(Product):
+class SplitMatmul(Matmul):
     """fp32 as a sum of bf16 parts."""
 
     def __init__(self, parts: int, most: int, head: Head, hidden: torch.dtype) -> None:
@@ -52,12 +52,12 @@ def main() -> None:
     (problem,) = problems("smollm2-135m", [], [args.positions], [], "real", **options)
     problem = problem.asking(*question("log_prob,rank,entropy,kl,top_10"))
     expected = expect(problem, args.sample)
-    products = {name: partial(SplitProduct, *split) for name, split in SPLITS.items()}
-    for name, product in {"PyTorch's fp32": Product, "AVX2's fp32": FmaProduct, **products}.items():
-        if product is FmaProduct and not has_fma():
+    products = {name: partial(SplitMatmul, *split) for name, split in SPLITS.items()}
+    for name, product in {"PyTorch's fp32": Matmul, "AVX2's fp32": FmaMatmul, **products}.items():
+        if product is FmaMatmul and not has_fma():
             continue
         engine = EagerEngine()
-        engine.product = product  # type: ignore[method-assign]
+        engine.matmul = product  # type: ignore[method-assign]
         parts = (problem.hidden, problem.translators, problem.norm, problem.head, problem.query, problem.budget)
         verdict = judge(engine.decode(*parts), problem, expected)
         print(f"{name}:", verdict.wrong or ", ".join(f"{s} {e:.2f}" for s, e in verdict.errors.items()), flush=True)

@@ -108,7 +108,7 @@ static inline void pack(
 // 32 rows, from `x`, times 32 tokens, packed, each part `apart` from the one before.
 template <typename Weight>
 static inline void multiply(
-    const Factors<Weight>& f, const uint16_t* x, const uint32_t* packed, int64_t apart, float* z, int64_t z_stride) {
+    const AmxOperands<Weight>& f, const uint16_t* x, const uint32_t* packed, int64_t apart, float* z, int64_t z_stride) {
   const int64_t x_bytes = f.x_stride * sizeof(uint16_t), z_bytes = z_stride * sizeof(float);
   _tile_zero(0);
   _tile_zero(1);
@@ -139,7 +139,7 @@ static inline void multiply(
 
 // Logits of all rows for the blocks `begin` to `end` of 32 tokens each.
 template <typename Weight>
-static inline void multiply_blocks(const Factors<Weight>& f, int64_t begin, int64_t end) {
+static inline void multiply_blocks(const AmxOperands<Weight>& f, int64_t begin, int64_t end) {
   static const TileShapes shapes;
   // What _tile_ functions read is not among their operands: whatever is written before has to be in memory.
   asm volatile("" ::: "memory");
@@ -172,5 +172,5 @@ static inline void multiply_blocks(const Factors<Weight>& f, int64_t begin, int6
   _tile_release();
 }
 
-void product(const Factors<float>& f, int64_t begin, int64_t end) { multiply_blocks(f, begin, end); }
-void product(const Factors<uint16_t>& f, int64_t begin, int64_t end) { multiply_blocks(f, begin, end); }
+void matmul(const AmxOperands<float>& f, int64_t begin, int64_t end) { multiply_blocks(f, begin, end); }
+void matmul(const AmxOperands<uint16_t>& f, int64_t begin, int64_t end) { multiply_blocks(f, begin, end); }

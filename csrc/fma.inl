@@ -93,7 +93,7 @@ static inline void multiply(const float* x, const float* w, int64_t depth, float
 // Logits of the rows `row` to `last` for the tokens `token` to `past`, no more than a block of them.
 template <typename Weight>
 static inline void multiply_block(
-    const PackedFactors<Weight>& f, int64_t row, int64_t last, int64_t token, int64_t past, float* packed) {
+    const FmaOperands<Weight>& f, int64_t row, int64_t last, int64_t token, int64_t past, float* packed) {
   const int64_t depth = f.depth();
   alignas(32) float aside[kPackedRows * kTokens];
   for (int64_t k = 0; k == 0 || k < f.d_model; k += depth) {  // of no weights the sum is 0
@@ -124,7 +124,7 @@ static inline void multiply_block(
 
 // Shares `begin` to `end` of the product: panels of W, for one group of rows after the other.
 template <typename Weight>
-static inline void multiply_shares(const PackedFactors<Weight>& f, int64_t begin, int64_t end) {
+static inline void multiply_shares(const FmaOperands<Weight>& f, int64_t begin, int64_t end) {
   std::vector<float> room(kBlockTokens * f.depth() + kLanes);
   float* const packed = room.data() + (-reinterpret_cast<uintptr_t>(room.data()) / sizeof(float)) % kLanes;
   const int64_t panels = (f.width + kTokens - 1) / kTokens;
@@ -138,6 +138,6 @@ static inline void multiply_shares(const PackedFactors<Weight>& f, int64_t begin
   }
 }
 
-void product(const PackedFactors<float>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }
-void product(const PackedFactors<Bf16>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }
-void product(const PackedFactors<Half>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }
+void matmul(const FmaOperands<float>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }
+void matmul(const FmaOperands<Bf16>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }
+void matmul(const FmaOperands<Half>& f, int64_t begin, int64_t end) { multiply_shares(f, begin, end); }

@@ -27,7 +27,7 @@ namespace {
 // One copy of the arithmetic for each instruction set; the best that the processor has is chosen once.
 namespace plain {
 #define LANES 4
-#include "passes.inl"
+#include "online_softmax.inl"
 #undef LANES
 }  // namespace plain
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -36,7 +36,7 @@ namespace plain {
 #pragma GCC target("avx2,fma,bmi2")
 namespace avx2 {
 #define LANES 8
-#include "passes.inl"
+#include "online_softmax.inl"
 #undef LANES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -44,7 +44,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,bmi2,prefer-vector-width=512")
 namespace avx512 {
 #define LANES 16
-#include "passes.inl"
+#include "online_softmax.inl"
 #undef LANES
 }  // namespace avx512
 #pragma GCC pop_options

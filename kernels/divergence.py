@@ -6,7 +6,7 @@ u = W^T p, both shared by all layers,
     KL = lse - lse_T - (x - x_T) . u
 
 ``kl_by_identity`` is that dot product, and ``Expectation`` computes u. Everything else walks the
-vocabulary a second time with both logsumexp known (``walked_divergences``): a program keeps the reference's tile in
+vocabulary a second time with both logsumexp known (``divergence_pass``): a program keeps the reference's tile in
 registers and passes all layers of its positions by it.
 """
 
@@ -24,7 +24,7 @@ from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, transform
 
 #: fp16 keeps nothing below 6e-8, so probabilities are multiplied by this before they are split into two parts.
 PART_SCALE = 2.0**14
-#: Slices of the vocabulary in ``walked_divergences``; each costs 16 bytes of sums a row.
+#: Slices of the vocabulary in ``divergence_pass``; each costs 16 bytes of sums a row.
 MOST_SLICES = 32
 
 
@@ -207,7 +207,7 @@ def _walk(
                 tl.store(at + 3 * rows, tl.load(at + 3 * rows, mask=inside, other=0.0) + tv, mask=inside)
 
 
-def walked_divergences(
+def divergence_pass(
     x: Tensor, x_reference: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
     normaliser: Tensor, normaliser_reference: Tensor, wanted: frozenset[str], tile: Tile, precision: str = "ieee",
 ) -> dict[str, Tensor]:  # fmt: skip

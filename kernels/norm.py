@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tuned_lens_fast.engines.seam import Norm
+    from tuned_lens_fast.engines.interface import Norm
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.kernels import launch
 from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.launch import Tile
@@ -152,7 +152,7 @@ def add_entry(path: Path, key: str, tile: Tile) -> None:
     """Write ``tile`` into the file of entries, beside what it holds."""
     entries = json.loads(path.read_text()) if path.exists() else {}
     entries[key] = asdict(tile)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
 
 

@@ -53,14 +53,14 @@ def _call(source: str, name: str, *arguments: Tensor | int | None) -> None:
     getattr(_library(source), name)(*values)
 
 
-def amx_product(x: Tensor, weight: Tensor, most: int, z: Tensor) -> None:
+def amx_matmul(x: Tensor, weight: Tensor, most: int, z: Tensor) -> None:
     """The operator of that name, on AMX's instructions in software."""
     assert x.is_contiguous()
     assert weight.stride(1) == z.stride(1) == 1
     split = weight.dtype == torch.float32
     assert split or x.shape[0] == 1
     of_x = (x.stride(0), x.stride(1), x.shape[0], most, z.shape[0])
-    _call("amx", "amx_product", x, *of_x, weight, *weight.shape, weight.stride(0), split, z, z.stride(0))
+    _call("amx", "amx_matmul", x, *of_x, weight, *weight.shape, weight.stride(0), split, z, z.stride(0))
 
 
 def tile_pass(z, first, targets, threshold, m, s, t, r, target, top, rescale) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
 from tuned_lens_fast.engines.eager import EagerEngine, plan
-from tuned_lens_fast.engines.seam import NO_TARGET, STATISTICS, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import NO_TARGET, STATISTICS, Head, Norm, Query, Translator
 
 BUDGET = 256 * 2**20
 ENGINE = EagerEngine()
@@ -32,7 +32,7 @@ def engine(request, monkeypatch):
         if emulated.COMPILER is None:
             reason = "there is no AMX here, and no GCC to do without"
         monkeypatch.setattr(native, "has_amx", lambda: True)
-        monkeypatch.setattr(torch.ops.tuned_lens_fast, "amx_product", emulated.amx_product)
+        monkeypatch.setattr(torch.ops.tuned_lens_fast, "amx_matmul", emulated.amx_matmul)
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setitem(globals(), "ENGINE", ENGINES[name])
@@ -403,39 +403,39 @@ def test_any_shape(layers, positions, d_model, vocab, spread, softcap, budget, s
 def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(rounds_alike, monkeypatch):
     """Every token has an equal, so that a target's logit from another arithmetic would lose or gain a rank."""
     monkeypatch.setattr(eager, "MIN_TILE", 32)
-    monkeypatch.setattr(eager.Product, "narrow_differs", False)
+    monkeypatch.setattr(eager.Matmul, "narrow_differs", False)
     hidden, _, _, head, query = inputs(2, 40, 32, 1200)
     head = Head(torch.cat([head.weight[:600]] * 2))
     query = Query(frozenset({"rank"}), query.targets)
-    multiply, widths = type(ENGINE.product(head, torch.float32)).multiply, []
+    multiply, widths = type(ENGINE.matmul(head, torch.float32)).multiply, []
 
     def rounding_otherwise(self, x, weight):
         z = multiply(self, x, weight)
         widths.append(z.shape[1])
         return z if z.shape[1] >= 200 or rounds_alike else z + 1e-4
 
-    monkeypatch.setattr(type(ENGINE.product(head, torch.float32)), "multiply", rounding_otherwise)
+    monkeypatch.setattr(type(ENGINE.matmul(head, torch.float32)), "multiply", rounding_otherwise)
     wide = reference.statistics(reference.logits(torch.stack(hidden), head), targets=query.targets)["rank"]
     for expected in (40, 240):  # columns of the targets' product: the second time it is known whether they do
         widths.clear()
         found = ENGINE.decode(hidden, [None, None], Norm("identity"), head, query, BUDGET)
         assert torch.equal(found["rank"], wide)
         assert (expected if not rounds_alike else 40) == widths[0]
-    assert eager.Product.narrow_differs != rounds_alike
+    assert eager.Matmul.narrow_differs != rounds_alike
 
 
 def test_a_wrong_tile_fails():
     """The reference is honest: an engine that forgets one tile, or counts one twice, is found out."""
 
     case = inputs(2, 20, 32, 5000)
-    product = ENGINE.product
-    Product = type(product(case[3], torch.float32))
+    product = ENGINE.matmul
+    Matmul = type(product(case[3], torch.float32))
 
-    class Forgetful(Product):
+    class Forgetful(Matmul):
         def tiles(self, width):
             return list(super().tiles(width))[:-1]
 
-    class Repeating(Product):
+    class Repeating(Matmul):
         def tiles(self, width):
             tiles = list(super().tiles(width))
             return [*tiles, tiles[0]]

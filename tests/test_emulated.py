@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
-from tuned_lens_fast.engines.eager import Product
+from tuned_lens_fast.engines.eager import Matmul
+from tuned_lens_fast.engines.interface import Norm
+from tuned_lens_fast.engines.matmuls import AmxMatmul, bf16_parts
 from tuned_lens_fast.engines.native import MOST_IN_PASS
-from tuned_lens_fast.engines.products import AmxProduct, bf16_parts
-from tuned_lens_fast.engines.seam import Norm
 from tuned_lens_fast.engines.state import EXP_FLOOR, NO_KEY, State, split_keys
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
@@ -60,7 +60,7 @@ class TestAmx:
         weight = normal(width + 3, d_model + 5, seed=seed + 1).to(dtype)[1:-2, 2:-3]  # strided, off any boundary
         room = torch.full((rows + 2, width + 7), NAN)
         z = room[1:-1, 3:-4]
-        emulated.amx_product(bf16_parts(x, parts), held(weight), most, z)
+        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, z)
         allowed = off * (x.double().abs() @ weight.double().abs().T) + 1e-30
         assert ((z - x.double() @ weight.double().T).abs() <= allowed).all()
         z.fill_(NAN)
@@ -70,19 +70,19 @@ class TestAmx:
     def test_a_token_and_a_row_give_the_same_bits_wherever_they_stand(self, dtype, parts, most, _):
         x, weight = normal(40, 50).to(dtype), normal(90, 50, seed=1).to(dtype)
         whole, part = torch.empty(40, 90), torch.empty(7, 33)
-        emulated.amx_product(bf16_parts(x, parts), held(weight), most, whole)
-        emulated.amx_product(bf16_parts(x[31:38], parts), held(weight[19:52]), most, part)
+        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, whole)
+        emulated.amx_matmul(bf16_parts(x[31:38], parts), held(weight[19:52]), most, part)
         assert torch.equal(part, whole[31:38, 19:52])
 
     @pytest.mark.parametrize(("dtype", "parts", "most", "_"), SPLITS)
     def test_what_is_no_number_stays_in_its_row_or_token(self, dtype, parts, most, _):
         x, weight = normal(40, 50).to(dtype), normal(90, 50, seed=1).to(dtype)
         clean, harmed = torch.empty(40, 90), torch.empty(40, 90)
-        emulated.amx_product(bf16_parts(x, parts), held(weight), most, clean)
+        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, clean)
         x[5, 7] = NAN
         weight[11, 49] = INF
         weight[12, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN that rounds up to -0
-        emulated.amx_product(bf16_parts(x, parts), held(weight), most, harmed)
+        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, harmed)
         bad = torch.zeros(40, 90, dtype=torch.bool)
         bad[5], bad[:, 11:13] = True, True
         assert torch.equal(harmed[~bad], clean[~bad])
@@ -130,10 +130,10 @@ class TestAmx:
         head = dataclasses.replace(head, weight=head.weight.to(dtype))
         monkeypatch.setattr(native, "has_fma", lambda: False)
         monkeypatch.setattr(native, "has_amx", lambda: False)
-        assert type(ENGINES["native"].product(head, dtype)) is Product
+        assert type(ENGINES["native"].matmul(head, dtype)) is Matmul
         monkeypatch.setattr(native, "has_amx", lambda: True)
-        product = ENGINES["native"].product(head, dtype)
-        assert isinstance(product, AmxProduct) == (split is not None)
+        product = ENGINES["native"].matmul(head, dtype)
+        assert isinstance(product, AmxMatmul) == (split is not None)
         assert split is None or (product.parts, product.most) == split
 
 

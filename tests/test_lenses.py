@@ -13,7 +13,7 @@ from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 from torch import nn
 
 from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts, residual_stream
-from tuned_lens_fast.engines.seam import Translator
+from tuned_lens_fast.engines.interface import Translator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tuned_lens_fast.engines import ENGINES, choose, native
-from tuned_lens_fast.engines.seam import STATISTICS, Head, Norm, Query
+from tuned_lens_fast.engines.interface import STATISTICS, Head, Norm, Query
 from tuned_lens_fast.engines.state import NO_KEY
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_without_a_gpu_it_says_so():
 def test_amx_is_refused_where_there_is_none():
     operands = (torch.zeros(1, 32, 32, dtype=torch.bfloat16), torch.zeros(4, 32, dtype=torch.bfloat16), 0)
     with pytest.raises(RuntimeError, match="no AMX"):
-        torch.ops.tuned_lens_fast.amx_product(*operands, torch.zeros(5, 4))
+        torch.ops.tuned_lens_fast.amx_matmul(*operands, torch.zeros(5, 4))
 
 
 def test_a_library_older_than_the_package_is_named():

@@ -11,7 +11,7 @@ from tiny_models import LAYERS, TYPES, VOCAB, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import tuned_lens_fast as tl
-from tuned_lens_fast.engines.seam import BudgetError
+from tuned_lens_fast.engines.interface import BudgetError
 from tuned_lens_fast.streaming import prepare, stream
 
 WINDOW = 6

@@ -14,7 +14,7 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
 from torch import nn
 
 from tuned_lens_fast import LogitLens, TunedLens, TunedLensConfig, Unembed, model_surgery, residual_stream
-from tuned_lens_fast.engines.seam import Norm
+from tuned_lens_fast.engines.interface import Norm
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 

@@ -33,20 +33,21 @@ from torch import Tensor
 
 from tuned_lens_fast import progress
 from tuned_lens_fast.artifacts import read_config
+from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.data.dataset import decode_documents
 from tuned_lens_fast.data.jsonl import Document, read_jsonl
 from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
-from tuned_lens_fast.engines.seam import STATISTICS
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.engines.interface import STATISTICS
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
-from tuned_lens_fast.meters import Meter, PeakMemory
+from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 from tuned_lens_fast.plotting import heatmap_page, print_table
-from tuned_lens_fast.question import DEFAULT_MEMORY_BUDGET
+from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
 #: What each kind of result file needs that the package itself does not.
 _OUT_NEEDS = {".safetensors": (), ".csv": ("pandas",), ".parquet": ("pandas", "pyarrow")}
@@ -216,7 +217,7 @@ def _decode(args: argparse.Namespace) -> None:
     else:
         documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
     _check_outputs(args)
-    meter = Meter(show, disable=args.quiet)
+    meter = ProgressBar(show, disable=args.quiet)
     stats = None
     with meter.shown(), _plan_shown(show, args.verbose):
         meter.say("loading the model")
@@ -250,7 +251,7 @@ def _decode(args: argparse.Namespace) -> None:
             _write_out(args.out, stats, tokenizer, ids[0])
         if stats is not None and args.html is not None:
             page = heatmap_page(stats, tokenizer, ids[0], title=_title(args))
-            with written_aside(args.html) as aside:
+            with atomic_write(args.html) as aside:
                 aside.write_text(page, encoding="utf-8")
 
     if stats is not None and args.json:
@@ -426,7 +427,7 @@ def _write_out(path: Path, stats: LensStats, tokenizer: Any, input_ids: Tensor) 
     read = input_ids[torch.from_numpy(frame["position"].to_numpy(copy=True))]
     frame.insert(2, "token_id", read.numpy())
     frame.insert(3, "token", tokenizer.convert_ids_to_tokens(read.tolist()))
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         if path.suffix.lower() == ".csv":
             frame.to_csv(aside, index=False)
         else:

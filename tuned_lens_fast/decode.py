@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.seam import Engine, Head, Norm, Query, Translator
-from tuned_lens_fast.question import check_budget, check_hidden, check_layers, check_query
+from tuned_lens_fast.engines.interface import Engine, Head, Norm, Query, Translator
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
+from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
 
 if TYPE_CHECKING:
     from tuned_lens_fast.nn import Lens

@@ -2,7 +2,7 @@
 
 This is where the way from hidden state to statistics begins: everything after this module sees plain descriptions
 (:class:`~tuned_lens_fast.nn.Unembed`), never a model. Parts are found by running the model on a few tokens
-(:mod:`tuned_lens_fast.models.watching`), not by the names of classes or attributes.
+(:mod:`tuned_lens_fast.models.tracing`), not by the names of classes or attributes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from tuned_lens_fast.models.watching import LogitTransform, Watched, find_blocks, linear_head
+from tuned_lens_fast.models.tracing import LogitTransform, TracedModel, find_blocks, linear_head
 from tuned_lens_fast.models.wrappers import is_hooked_transformer, unwrapped
 
 
@@ -28,7 +28,7 @@ def get_final_norm(model: Any) -> nn.Module:
     model = unwrapped(model)
     if is_hooked_transformer(model):
         return getattr(model, "ln_final", nn.Identity())  # there is none with normalization_type=None
-    return Watched(model, run_blocks=False).norm
+    return TracedModel(model, run_blocks=False).norm
 
 
 def get_unembedding_matrix(model: Any) -> nn.Linear:
@@ -73,7 +73,7 @@ def get_logit_transform(model: Any) -> LogitTransform:
     if is_hooked_transformer(model):
         softcap = getattr(model.cfg, "output_logits_soft_cap", None)
         return LogitTransform(softcap=softcap if softcap and softcap > 0 else None)
-    return Watched(model, run_blocks=False).transform
+    return TracedModel(model, run_blocks=False).transform
 
 
 def as_linear(head: Any) -> nn.Linear:

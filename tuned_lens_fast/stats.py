@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
 
 if TYPE_CHECKING:
     import pandas
@@ -90,7 +90,7 @@ class LensStats:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field to ``path`` as safetensors, aside and renamed: nothing is ever half there."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.items()}
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.touch()  # an OSError that says why, where safetensors has an error of its own
             save_file(tensors, aside, metadata={"format": _FORMAT})
 

@@ -1,4 +1,4 @@
-"""Runs a prompt through a model in chunks and decodes each before the next: every layer, in bounded memory.
+"""Runs a prompt through a model in chunks and decodes each before the next: every layer, in bounded budget.
 
 From token ids to statistics: :func:`prepare` checks the question, plans the memory and finds out whether the model can
 continue from its cache; then each chunk's hidden states are recorded, handed to an engine and dropped.
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tuned_lens_fast import memory
+from tuned_lens_fast import budget
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.chunks import empty_answer, slices
-from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, Engine, Head, Norm, Query
+from tuned_lens_fast.engines.interface import DIVERGENCES, NO_TARGET, Engine, Head, Norm, Query
+from tuned_lens_fast.engines.tiling import empty_answer, slices
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
-from tuned_lens_fast.models.watching import linear_head
-from tuned_lens_fast.question import (
+from tuned_lens_fast.models.tracing import linear_head
+from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.validation import (
     check_boundaries,
     check_budget,
     check_chunk,
@@ -32,7 +33,6 @@ from tuned_lens_fast.question import (
     check_query,
     kind,
 )
-from tuned_lens_fast.stats import LensStats
 
 if TYPE_CHECKING:
     from tuned_lens_fast.nn import Lens
@@ -69,7 +69,7 @@ def stream(
 class Prepared:
     """A prompt, and the question what every layer reads in it: all checked and planned, nothing run."""
 
-    plan: memory.MemoryPlan
+    plan: budget.MemoryPlan
     boundaries: tuple[int, ...]  #: where the chunks of positions end
     recomputes: str | None  #: why every chunk runs the whole prompt anew; None where it continues from a cache
     model: Any
@@ -232,7 +232,7 @@ def prepare(
         chunk = max(end - start for start, end in zip((0, *ends), ends, strict=False))
     elif chunk is not None:
         chunk = min(check_chunk(chunk), positions)
-    planned = memory.plan(
+    planned = budget.plan(
         batch,
         positions,
         engine=chosen,

@@ -10,7 +10,7 @@ import torch
 from presets import Problem
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import STATISTICS, Norm, Translator
+from tuned_lens_fast.engines.interface import STATISTICS, Norm, Translator
 
 #: What a contender returns: tensors named and shaped as an engine's answer.
 Answer = dict[str, Tensor]

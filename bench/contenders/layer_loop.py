@@ -17,7 +17,7 @@ from presets import Problem
 from torch import Tensor
 
 from contenders.adapter import Answer, Contender, head_input
-from tuned_lens_fast.engines.seam import Head, Norm, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Translator
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from presets import Problem
 
 from contenders.adapter import Answer, Contender
 from tuned_lens_fast.engines import ENGINES as OURS
-from tuned_lens_fast.engines.seam import Engine
+from tuned_lens_fast.engines.interface import Engine
 
 
 def _contender(engine: Engine) -> Contender:

@@ -9,7 +9,7 @@ from presets import Problem
 
 from contenders.adapter import Answer, Contender, head_inputs
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.eager import Product
+from tuned_lens_fast.engines.eager import Matmul
 from tuned_lens_fast.engines.native import NativeEngine
 
 #: Rows whose logits exist at once when a product spans the whole vocabulary.
@@ -48,7 +48,7 @@ def _into_new(problem: Problem) -> Callable[[], Answer]:
 
 
 def _own(problem: Problem) -> Callable[[], Answer]:
-    product, x = NATIVE.product(problem.head, problem.dtype), head_inputs(problem)
+    product, x = NATIVE.matmul(problem.head, problem.dtype), head_inputs(problem)
 
     def multiply() -> Answer:
         for rows in x.split(CPU_TILE[0]):
@@ -61,7 +61,7 @@ def _own(problem: Problem) -> Callable[[], Answer]:
 
 
 def _no_own(problem: Problem) -> str | None:
-    if type(NATIVE.product(problem.head, problem.dtype)) is Product:
+    if type(NATIVE.matmul(problem.head, problem.dtype)) is Matmul:
         return "the native engine takes PyTorch's product here"
     return None
 

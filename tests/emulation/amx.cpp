@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "factors.h"
+#include "matmul.h"
 
 namespace {
 
@@ -66,15 +66,15 @@ using namespace tuned_lens_fast;
 
 }  // namespace
 
-extern "C" void amx_product(
+extern "C" void amx_matmul(
     const uint16_t* x, int64_t x_apart, int64_t x_stride, int64_t parts, int64_t most, int64_t rows, const void* w,
     int64_t width, int64_t d_model, int64_t w_stride, bool split, float* z, int64_t z_stride) {
   auto run = [&](auto* weight) {
-    const Factors<std::remove_cvref_t<decltype(*weight)>> factors{
+    const AmxOperands<std::remove_cvref_t<decltype(*weight)>> operands{
         x, x_apart, x_stride, parts, most, rows, weight, w_stride, width, d_model, z, z_stride};
     const int64_t blocks = (width + 31) / 32;
-    product(factors, 0, blocks / 2);  // as two threads would
-    product(factors, blocks / 2, blocks);
+    matmul(operands, 0, blocks / 2);  // as two threads would
+    matmul(operands, blocks / 2, blocks);
   };
   split ? run(static_cast<const float*>(w)) : run(static_cast<const uint16_t*>(w));
 }

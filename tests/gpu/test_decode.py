@@ -7,7 +7,7 @@ import torch
 from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_void, problem
 
 from tuned_lens_fast.engines.eager import EagerEngine
-from tuned_lens_fast.engines.seam import Query
+from tuned_lens_fast.engines.interface import Query
 from tuned_lens_fast.engines.triton import TritonEngine
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

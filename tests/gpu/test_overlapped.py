@@ -7,7 +7,7 @@ import reference
 import torch
 from test_statistics import ids, operands, statistics_of
 
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch
 from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.search import overlapped_candidates

@@ -7,7 +7,7 @@ import reference
 import torch
 from cases import ONE_PASS, problem
 
-from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
 from tuned_lens_fast.engines.triton import TritonEngine
 
 GIB = 2**30

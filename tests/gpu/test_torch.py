@@ -13,7 +13,7 @@ from tiny_models import tiny
 
 from tuned_lens_fast import LogitLens, TunedLens, decode_model
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.seam import Norm
+from tuned_lens_fast.engines.interface import Norm
 from tuned_lens_fast.engines.triton import TritonEngine
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import NO_TARGET, Head, Norm, Query
+from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query
 
 ONE_PASS = frozenset({"log_prob", "rank", "entropy", "max_prob"})
 DIVERGENCES = frozenset({"kl", "reverse_kl", "js", "tv"})

@@ -50,7 +50,7 @@ def translate(d_model, dtype, precision="ieee"):
 
 
 def normalize(d_model, kind):
-    from tuned_lens_fast.engines.seam import Norm
+    from tuned_lens_fast.engines.interface import Norm
     from tuned_lens_fast.kernels.norm import normalize
 
     norm = Norm(kind, meta(d_model), meta(d_model), eps=1e-5, unit_offset=True)
@@ -106,10 +106,10 @@ def identity():
 
 
 def walk(dtype):
-    from tuned_lens_fast.kernels.divergence import walked_divergences
+    from tuned_lens_fast.kernels.divergence import divergence_pass
 
     x, weight = head(4096, dtype)
-    walked_divergences(
+    divergence_pass(
         x, meta(256, 4096, dtype=dtype), weight, None, 1.0, 30.0,
         meta(2, ROWS, dtype="float32"), meta(2, 256, dtype="float32"),
         frozenset({"kl", "reverse_kl", "js", "tv"}), tile_for(x),

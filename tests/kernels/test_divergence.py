@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import divergence, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,7 +39,7 @@ def normalisers(x, own, head):
 def walked(x, own, head, wanted=WALKED):
     tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
     parts = (head.weight, head.bias, head.scale, head.softcap)
-    found = divergence.walked_divergences(x, own, *parts, *normalisers(x, own, head), wanted, tile)
+    found = divergence.divergence_pass(x, own, *parts, *normalisers(x, own, head), wanted, tile)
     return {name: value.view(LAYERS, -1) for name, value in found.items()}
 
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch
 from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.logits import MASKED

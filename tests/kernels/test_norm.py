@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import head_inputs
 
-from tuned_lens_fast.engines.seam import Norm
+from tuned_lens_fast.engines.interface import Norm
 from tuned_lens_fast.kernels.norm import normalize
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

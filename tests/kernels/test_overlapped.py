@@ -13,7 +13,7 @@ from test_statistics import ids, operands, statistics_of
 from triton.runtime.errors import InterpreterError
 
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch, overlapped, statistics
 from tuned_lens_fast.kernels.launch import Tile
 

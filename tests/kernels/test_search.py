@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tuned_lens_fast.engines import triton as engine
-from tuned_lens_fast.engines.seam import Head, Query
+from tuned_lens_fast.engines.interface import Head, Query
 from tuned_lens_fast.kernels import launch, search
 from tuned_lens_fast.kernels.launch import built_in_tile, entry_key, statistics_tile
 from tuned_lens_fast.kernels.overlapped import shared_bytes

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuned_lens_fast.engines.seam import NO_TARGET, Head
+from tuned_lens_fast.engines.interface import NO_TARGET, Head
 from tuned_lens_fast.kernels import launch, statistics
 from tuned_lens_fast.kernels.gather import target_logits
 

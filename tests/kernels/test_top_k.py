@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch
 from tuned_lens_fast.kernels.statistics import key_slots, vocabulary_statistics
 from tuned_lens_fast.kernels.top_k import LARGEST_K, serves, top_k

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import head_inputs
 
-from tuned_lens_fast.engines.seam import Norm, Translator
+from tuned_lens_fast.engines.interface import Norm, Translator
 from tuned_lens_fast.kernels.translate import configuration, translate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

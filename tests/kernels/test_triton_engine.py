@@ -11,7 +11,7 @@ from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_
 
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.eager import EagerEngine
-from tuned_lens_fast.engines.seam import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
 from tuned_lens_fast.engines.triton import TritonEngine, plan
 from tuned_lens_fast.kernels.launch import built_in_tile
 

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 import tuned_lens_fast
-from tuned_lens_fast import memory, progress
+from tuned_lens_fast import budget, progress
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.chunks import even, slices
+from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
-from tuned_lens_fast.question import check_ids, check_model, kind
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
+from tuned_lens_fast.validation import check_ids, check_model, kind
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -284,7 +284,7 @@ def _engine(asked: str, out: str | os.PathLike[str], lens: Lens) -> str:
 def _positions_at_once(prepared: Prepared, positions: int) -> int:
     """How many of ``positions`` fit the memory budget, whether of one document or of several."""
     lens = prepared.lens
-    return memory.plan(
+    return budget.plan(
         1,
         positions,
         engine=prepared.engine,

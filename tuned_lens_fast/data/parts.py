@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import NO_TARGET
-from tuned_lens_fast.files import sync_folder, written_aside
+from tuned_lens_fast.atomic_write import atomic_write, sync_folder
+from tuned_lens_fast.engines.interface import NO_TARGET
 from tuned_lens_fast.stats import LensStats
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class RunFolder:
         of_layer = max(1, int(real.sum()))
         metadata = {**self._metadata, "batch": batch, "chunk": chunk}
         try:
-            with written_aside(path) as aside:
+            with atomic_write(path) as aside:
                 pq.write_table(
                     table.replace_schema_metadata({METADATA: json.dumps(metadata)}),
                     aside,
@@ -285,7 +285,7 @@ def _write_manifest(
         "batches": [asdict(batch) for batch in batches],
     }
     try:
-        with written_aside(path / MANIFEST) as aside:
+        with atomic_write(path / MANIFEST) as aside:
             aside.write_text(json.dumps({"run": _digest(body), **body}, indent=1), encoding="utf-8")
     except OSError as error:
         raise _cannot_write(path / MANIFEST, error) from error

@@ -1,6 +1,6 @@
 """The engines, which of them work here, and which one `auto` takes.
 
-Every engine answers the same question (see :mod:`tuned_lens_fast.engines.seam`) with the same meaning; they differ
+Every engine answers the same question (see :mod:`tuned_lens_fast.engines.interface`) with the same meaning; they differ
 in where they run and how fast.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from tuned_lens_fast.engines.eager import EagerEngine
+from tuned_lens_fast.engines.interface import Engine
 from tuned_lens_fast.engines.native import NativeEngine
-from tuned_lens_fast.engines.seam import Engine
 from tuned_lens_fast.engines.triton import TritonEngine
 
 #: In order of preference: `auto` takes the first that works on the device.

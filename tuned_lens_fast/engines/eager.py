@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.chunks import empty_answer, even, slices
-from tuned_lens_fast.engines.seam import NO_TARGET, BudgetError, Cut, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import NO_TARGET, BudgetError, Head, Norm, Query, Tiling, Translator
 from tuned_lens_fast.engines.state import GROUP, State, split_keys
+from tuned_lens_fast.engines.tiling import empty_answer, even, slices
 from tuned_lens_fast.progress import report
 
-#: The narrowest tile worth a product. Below 64 columns, BLAS libraries take other paths with other roundings.
+#: The narrowest tile worth a matmul. Below 64 columns, BLAS libraries take other paths with other roundings.
 MIN_TILE = 256
 #: The largest useful rows and tile. On a CPU a tile of logits should stay in cache.
 CPU_CHUNK = (512, 2048)
@@ -69,11 +69,11 @@ def plan(
     query: Query,
     wide: int,
     memory_budget: int,
-    of_product: Callable[[int, int], int] = lambda rows, tile: 0,
-) -> Cut:
+    of_matmul: Callable[[int, int], int] = lambda rows, tile: 0,
+) -> Tiling:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
 
-    ``of_product``: bytes that a product of so many rows and tokens needs beside its operands and its result.
+    ``of_matmul``: bytes that a product of so many rows and tokens needs beside its operands and its result.
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
@@ -84,7 +84,7 @@ def plan(
     rows = min(best_rows, max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
-        return scratch_bytes(rows, tile, d_model, head, query, wide) + of_product(rows, tile)
+        return scratch_bytes(rows, tile, d_model, head, query, wide) + of_matmul(rows, tile)
 
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
         if tile > smallest and (tile >= rows or rows == 1):
@@ -97,7 +97,7 @@ def plan(
     tile = even(head.vocab, tile)
     # Every target of a chunk must fit into one tile of gathered rows of W, unless one tile is the vocabulary.
     at_once = even(positions, min(rows, tile) if tile < head.vocab else rows)
-    return Cut(even(layers, rows // at_once), at_once, tile, scratch)
+    return Tiling(even(layers, rows // at_once), at_once, tile, scratch)
 
 
 class EagerEngine:
@@ -108,9 +108,9 @@ class EagerEngine:
     def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
         return None
 
-    def product(self, head: Head, hidden: torch.dtype) -> Product:
+    def matmul(self, head: Head, hidden: torch.dtype) -> Matmul:
         """What multiplies hidden states of dtype ``hidden`` by tiles of the head."""
-        return Product(head, hidden)
+        return Matmul(head, hidden)
 
     def plan(
         self,
@@ -122,11 +122,11 @@ class EagerEngine:
         head: Head,
         query: Query,
         memory_budget: int,
-    ) -> Cut:
-        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
-        product = self.product(head, hidden)
+    ) -> Tiling:
+        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
+        matmul = self.matmul(head, hidden)
         width = norm.hidden_width(head)
-        return plan(layers, positions, width, head, query, product.wide, memory_budget, product.scratch)
+        return plan(layers, positions, width, head, query, matmul.wide, memory_budget, matmul.scratch)
 
     @torch.no_grad()
     def decode(
@@ -138,59 +138,59 @@ class EagerEngine:
         query: Query,
         memory_budget: int,
     ) -> dict[str, Tensor]:
-        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
+        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
         layers, positions = len(hidden), hidden[0].shape[0] if hidden else 0
         out = empty_answer(layers, positions, query, head.weight.device)
         if not layers or not positions:
             return out
-        product = self.product(head, hidden[0].dtype)
-        cut = self.plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
-        for p in slices(positions, cut.positions):
+        matmul = self.matmul(head, hidden[0].dtype)
+        tiling = self.plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
+        for p in slices(positions, tiling.positions):
             reference = None
             if query.divergences:
                 assert query.reference is not None
-                reference = self._reference(query.reference[p], product, cut.tile, "kl" in query.stats)
-            for group in slices(layers, cut.layers):
+                reference = self._reference(query.reference[p], matmul, tiling.tile, "kl" in query.stats)
+            for group in slices(layers, tiling.layers):
                 rows = [
-                    head_input(hidden[i][p], translators[i], norm, product.residual, cut.tile)
+                    head_input(hidden[i][p], translators[i], norm, matmul.residual, tiling.tile)
                     for i in range(group.start, group.stop)
                 ]
-                x = product.round(torch.cat(rows) if len(rows) > 1 else rows[0])
+                x = matmul.round(torch.cat(rows) if len(rows) > 1 else rows[0])
                 del rows
-                for name, value in self._rows(x, product, query, p, reference, cut.tile).items():
+                for name, value in self._rows(x, matmul, query, p, reference, tiling.tile).items():
                     out[name][group, p] = value.unflatten(0, (group.stop - group.start, p.stop - p.start))
                 report(x.shape[0])
         return out
 
-    def _reference(self, reference: Tensor, product: Product, width: int, needs_u: bool) -> Reference:
+    def _reference(self, reference: Tensor, matmul: Matmul, width: int, needs_u: bool) -> Reference:
         """Walk the model's own logits once: softmax's normaliser and, for KL by the identity, u."""
-        head = product.head
-        x = product.round(reference.to(product.residual))
+        head = matmul.head
+        x = matmul.round(reference.to(matmul.residual))
         needs_u = needs_u and head.softcap is None
-        state = self._walk(x, product, width, weighted=needs_u)
+        state = self._walk(x, matmul, width, weighted=needs_u)
         u = None if state.u is None else state.u / state.s.unsqueeze(1) * head.scale
         return Reference(x, state.m, state.s.log(), u)
 
     def _rows(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         query: Query,
         p: slice,
         reference: Reference | None,
         width: int,
     ) -> dict[str, Tensor]:
         """Every statistic of x ``[layers * positions, d_model]``, named as results are, one row each."""
-        head, stats = product.head, query.stats
+        head, stats = matmul.head, query.stats
         at_once = p.stop - p.start
         targets = threshold = None
         if query.targets is not None and stats & {"log_prob", "rank"}:
             targets = query.targets[p].repeat(x.shape[0] // at_once)
             if "rank" in stats and width < head.vocab:
-                threshold = product.targets(x, query.targets[p], product.target_columns(at_once, width))
+                threshold = matmul.targets(x, query.targets[p], matmul.target_columns(at_once, width))
         state = self._walk(
             x,
-            product,
+            matmul,
             width,
             entropy="entropy" in stats,
             targets=targets,
@@ -200,11 +200,11 @@ class EagerEngine:
         )
         log_s = state.s.log()
         void = ~(state.s > 0)
-        if threshold is not None and product.can_look_back():
+        if threshold is not None and matmul.can_look_back():
             assert state.target is not None
             if not bool(((threshold == state.target) | (targets == NO_TARGET) | void).all()):
-                Product.narrow_differs = True
-                again = self._walk(x, product, width, targets=targets, rank=True, threshold=state.target)
+                Matmul.narrow_differs = True
+                again = self._walk(x, matmul, width, targets=targets, rank=True, threshold=state.target)
                 state = replace(state, r=again.r)
         found = {"lse": state.m + log_s}
         if "entropy" in stats:
@@ -217,9 +217,9 @@ class EagerEngine:
             assert targets is not None
             found["log_prob"] = (state.target - state.m - log_s).masked_fill(targets == NO_TARGET, math.nan)
         if reference is not None:
-            found |= self._divergences(x, product, query, state.m, log_s, reference, width)
+            found |= self._divergences(x, matmul, query, state.m, log_s, reference, width)
         if query.watch is not None:
-            z = torch.cat([product(x, ids, width) for ids in query.watch.split(width)], 1)
+            z = torch.cat([matmul(x, ids, width) for ids in query.watch.split(width)], 1)
             found["watch_log_probs"] = z.sub_(state.m.unsqueeze(1)).sub_(log_s.unsqueeze(1))
         if state.top is not None:
             z, found["top_ids"] = split_keys(state.top)
@@ -237,7 +237,7 @@ class EagerEngine:
     def _walk(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         width: int,
         *,
         entropy: bool = False,
@@ -252,16 +252,16 @@ class EagerEngine:
         What is wanted of it: see :meth:`State.of_tile`; ``weighted``: whether u is.
         """
         state = None
-        for tile in product.tiles(width):
+        for tile in matmul.tiles(width):
             part = State.of_tile(
-                product(x, tile, width),
+                matmul(x, tile, width),
                 tile.start,
                 entropy=entropy,
                 targets=targets,
                 rank=rank,
                 threshold=threshold,
                 top_k=top_k,
-                weight=product.weight(tile).float() if weighted else None,
+                weight=matmul.weight(tile).float() if weighted else None,
             )
             state = part if state is None else State.merge(state, part)
         assert state is not None
@@ -270,7 +270,7 @@ class EagerEngine:
     def _divergences(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         query: Query,
         m: Tensor,
         log_s: Tensor,
@@ -287,15 +287,15 @@ class EagerEngine:
             # The maxima are subtracted first, because near 1,000 an fp32 lse is only good to 6e-5.
             along = ((x.unflatten(0, by_position).to(m.dtype) - reference.x) * reference.u).sum(-1)
             found["kl"] = (m - reference.m) - along + (log_s - reference.log_s)
-        wanted = two_tile_stats(query, product.head)
+        wanted = two_tile_stats(query, matmul.head)
         if wanted:
-            found |= self._walk_both(x, product, width, wanted, m, log_s, reference)
+            found |= self._walk_both(x, matmul, width, wanted, m, log_s, reference)
         return {name: value.clamp(min=0).flatten() for name, value in found.items()}
 
     def _walk_both(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         width: int,
         wanted: frozenset[str],
         m: Tensor,
@@ -307,17 +307,17 @@ class EagerEngine:
         m and log_s, of rows x, are ``[layers, positions]``.
         """
         found: dict[str, Tensor] = {}
-        for tile in product.tiles(width):
-            log_p = product(reference.x, tile, width)
+        for tile in matmul.tiles(width):
+            log_p = matmul(reference.x, tile, width)
             log_p.sub_(reference.m.unsqueeze(-1)).sub_(reference.log_s.unsqueeze(-1))
-            log_q = product(x, tile, width).unflatten(0, m.shape)
+            log_q = matmul(x, tile, width).unflatten(0, m.shape)
             log_q.sub_(m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1))
             for name, part in _tile_divergences(log_p, log_q, wanted).items():
                 found[name] = found[name] + part if name in found else part
         return found
 
 
-class Product:
+class Matmul:
     """Logits of vocabulary tiles: operands in the head's dtype, accumulated and returned in fp32."""
 
     #: Set once a product with the targets' rows of W has rounded unlike a tile's, in any decode.
@@ -379,7 +379,7 @@ class Product:
         A tile's own width is sure to be multiplied like a tile. Fewer are cheaper, and whether they were is seen when
         the tiles have been walked.
         """
-        if Product.narrow_differs or not self.can_look_back():
+        if Matmul.narrow_differs or not self.can_look_back():
             return width
         return min(width, max(MIN_TILE, targets))
 

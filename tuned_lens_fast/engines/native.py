@@ -1,9 +1,9 @@
 """The native engine: a product a tile, then one pass over the tile while it is in cache.
 
-The work is cut and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
+The work is tiling and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
 tile's statistics in one pass. On a CPU no tile leaves the cache, so that of many rows the whole costs less than the
 bare product that writes all logits to memory; for processors with AVX2 alone, and with AMX, csrc/ has the product as
-well (products.py). On a GPU the tile is in the engine's scratch.
+well (matmuls.py). On a GPU the tile is in the engine's scratch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import EagerEngine, Product, Reference
-from tuned_lens_fast.engines.products import FMA_DTYPES, AmxProduct, FmaProduct, bf16_split
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.eager import EagerEngine, Matmul, Reference
+from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.matmuls import FMA_DTYPES, AmxMatmul, FmaMatmul, bf16_split
 from tuned_lens_fast.engines.state import NO_KEY, State, largest_keys, tile_top_keys
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
@@ -42,7 +42,7 @@ def _load(library: str, wants: str, operators: Sequence[str]) -> str | None:
 
 
 #: Why the engine works nowhere; None where it does.
-MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "fma_product"))
+MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "fma_matmul"))
 
 
 @functools.cache
@@ -66,8 +66,8 @@ if MISSING is None:
 
     @torch.library.register_fake("tuned_lens_fast::tile_pass")
     @torch.library.register_fake("tuned_lens_fast::tile_divergences")
-    @torch.library.register_fake("tuned_lens_fast::fma_product")
-    @torch.library.register_fake("tuned_lens_fast::amx_product")
+    @torch.library.register_fake("tuned_lens_fast::fma_matmul")
+    @torch.library.register_fake("tuned_lens_fast::amx_matmul")
     def _writes_only(*_: Any) -> None:
         """All write into tensors they are given."""
 
@@ -102,18 +102,18 @@ class NativeEngine(EagerEngine):
             return missing_on_cuda(device.index)
         return "it runs on CPUs and NVIDIA GPUs; use engine='eager'"
 
-    def product(self, head: Head, hidden: torch.dtype) -> Product:
+    def matmul(self, head: Head, hidden: torch.dtype) -> Matmul:
         on_cpu = head.weight.device.type == "cpu"
         if on_cpu and has_amx() and (split := bf16_split(head.weight.dtype, fp32_precision())):
-            return AmxProduct(head, hidden, *split)
+            return AmxMatmul(head, hidden, *split)
         if on_cpu and has_fma() and head.weight.dtype in FMA_DTYPES:
-            return FmaProduct(head, hidden)
-        return Product(head, hidden)
+            return FmaMatmul(head, hidden)
+        return Matmul(head, hidden)
 
     def _walk(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         width: int,
         *,
         entropy: bool = False,
@@ -135,21 +135,21 @@ class NativeEngine(EagerEngine):
         target = None if targets is None else row_of(-torch.inf)
         top = row_of(NO_KEY, top_k, dtype=torch.int64) if top_k else None
         u, rescale = (row_of(0, x.shape[1]), row_of(0)) if weighted else (None, None)
-        for tile in product.tiles(width):
-            z = product(x, tile, width)
+        for tile in matmul.tiles(width):
+            z = matmul(x, tile, width)
             in_pass = top
             if top is not None and top_k > MOST_IN_PASS:
                 top = largest_keys(torch.cat([top, tile_top_keys(z, tile.start, top_k)], 1), top_k)
                 in_pass = None
             torch.ops.tuned_lens_fast.tile_pass(z, tile.start, targets, threshold, m, s, t, r, target, in_pass, rescale)
             if u is not None and rescale is not None:
-                u.mul_(rescale.unsqueeze(1)).add_(z @ product.weight(tile).float())
+                u.mul_(rescale.unsqueeze(1)).add_(z @ matmul.weight(tile).float())
         return State(m, s, t if entropy else None, r, target, top, u)
 
     def _walk_both(
         self,
         x: Tensor,
-        product: Product,
+        matmul: Matmul,
         width: int,
         wanted: frozenset[str],
         m: Tensor,
@@ -158,10 +158,10 @@ class NativeEngine(EagerEngine):
     ) -> dict[str, Tensor]:
         found = {name: torch.zeros_like(m) for name in sorted(wanted)}
         flat = [found[name].view(-1) if name in found else None for name in ("kl", "reverse_kl", "js", "tv")]
-        for tile in product.tiles(width):
+        for tile in matmul.tiles(width):
             torch.ops.tuned_lens_fast.tile_divergences(
-                product(reference.x, tile, width),
-                product(x, tile, width),
+                matmul(reference.x, tile, width),
+                matmul(x, tile, width),
                 reference.m,
                 reference.log_s,
                 m.flatten(),

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.chunks import empty_answer, even, slices
-from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, Product, scratch_bytes, two_tile_stats
-from tuned_lens_fast.engines.seam import BudgetError, Cut, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, Matmul, scratch_bytes, two_tile_stats
+from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Tiling, Translator
+from tuned_lens_fast.engines.tiling import empty_answer, even, slices
 from tuned_lens_fast.progress import report
 
 try:
@@ -39,7 +39,7 @@ REFERENCE_POSITIONS = 2048
 #: Tokens whose logits u takes at once: few, since matrix units add with truncation (16,384 cost KL twice the error on
 #: an H100), and not so few that launching takes longer than computing.
 REFERENCE_TILE = 8192
-#: Watched tokens whose logits exist at once.
+#: TracedModel tokens whose logits exist at once.
 WATCH_TILE = 1024
 
 
@@ -89,8 +89,8 @@ class TritonEngine:
         head: Head,
         query: Query,
         memory_budget: int,
-    ) -> Cut:
-        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
+    ) -> Tiling:
+        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
         # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
         residual = 4 if any(translator is not None for translator in translators) else hidden.itemsize
         residual += 12 * (norm.kind == "module")
@@ -108,7 +108,7 @@ class TritonEngine:
         query: Query,
         memory_budget: int,
     ) -> dict[str, Tensor]:
-        """See :class:`~tuned_lens_fast.engines.seam.Engine`."""
+        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
         if norm.kind == "module":  # an operator takes tensors only
             return _decode(hidden, translators, norm, head, query, memory_budget)
         answer = torch.ops.tuned_lens_fast.triton_decode(
@@ -184,7 +184,7 @@ def _answer_shapes(hidden: Sequence[Tensor], *rest: Any) -> list[Tensor]:
 def plan(
     layers: int, positions: int, d_model: int, residual: int, cast: bool, head: Head, query: Query,
     tile: launch.Tile, memory_budget: int,
-) -> Cut:  # fmt: skip
+) -> Tiling:  # fmt: skip
     """The largest blocks that fit.
 
     Args:
@@ -249,7 +249,7 @@ def plan(
         raise BudgetError(memory_budget, least)
     while group < layers and needed(block, group + 1, width) <= memory_budget:
         group += 1
-    return Cut(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
+    return Tiling(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
 
 
 def _precision() -> str:
@@ -284,15 +284,15 @@ def _decode(
     precision = _precision()
     tile = _tile(head, query, precision)
     served = top_k.serves(query.top_k, statistics.key_slots(head.vocab, tile)) if query.top_k else False
-    cut = TritonEngine().plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
+    tiling = TritonEngine().plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
     overflow = torch.empty(layers, positions, dtype=torch.bool, device=device) if served else None
 
-    for block in slices(positions, cut.positions):
+    for block in slices(positions, tiling.positions):
         reference = None
         if query.divergences:
             assert query.reference is not None
-            reference = _reference(query.reference[block], head, query, tile, precision, cut.tile)
-        for group in slices(layers, cut.layers):
+            reference = _reference(query.reference[block], head, query, tile, precision, tiling.tile)
+        for group in slices(layers, tiling.layers):
             members = range(group.start, group.stop)
             entering = [hidden[i][block] for i in members]
             x = _head_input(entering, [translators[i] for i in members], norm, head, precision)
@@ -374,9 +374,9 @@ def _rows(
         )
     if query.watch is not None:
         watched = torch.empty(rows, len(query.watch), dtype=torch.float32, device=x.device)
-        product = Product(head, x.dtype)
+        matmul = Matmul(head, x.dtype)
         for at in slices(len(query.watch), WATCH_TILE):
-            z = product(product.round(x), query.watch[at], WATCH_TILE)
+            z = matmul(matmul.round(x), query.watch[at], WATCH_TILE)
             torch.sub(z.sub_(state.normaliser[0].unsqueeze(1)), state.normaliser[1].unsqueeze(1), out=watched[:, at])
         found["watch_log_probs"] = watched
     if reference is not None:
@@ -384,7 +384,7 @@ def _rows(
             found["kl"] = divergence.kl_by_identity(x, reference.x, reference.u, state.normaliser, reference.normaliser)
         walked = two_tile_stats(query, head)
         if walked:
-            found |= divergence.walked_divergences(
+            found |= divergence.divergence_pass(
                 x, reference.x, *parts, state.normaliser, reference.normaliser, walked, tile, precision
             )
     return found
@@ -396,14 +396,14 @@ def _reference(reference: Tensor, head: Head, query: Query, tile: launch.Tile, p
     parts = (head.weight, head.bias, head.scale, head.softcap)
     if "kl" not in query.stats or head.softcap is not None:
         return Reference(x, statistics.vocabulary_statistics(x, *parts, tile, precision=precision).normaliser, None)
-    product = Product(head, x.dtype)
-    operand = product.round(x)
+    matmul = Matmul(head, x.dtype)
+    operand = matmul.round(x)
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out_dtype=torch.float32) if product.narrow else a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
 
     expectation = divergence.Expectation(*x.shape, x.device)
     for tokens in slices(head.vocab, width):
-        expectation.add(product(operand, tokens, width), head.weight[tokens], multiply)
+        expectation.add(matmul(operand, tokens, width), head.weight[tokens], multiply)
     u, normaliser = expectation.normalised()
     return Reference(x, normaliser, u.mul_(head.scale))

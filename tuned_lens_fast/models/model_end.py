@@ -1,6 +1,6 @@
 """What lies between a model's blocks and its head, as modules that take hidden states.
 
-Between :mod:`~tuned_lens_fast.models.watching`, which finds out what it is, and the norms of
+Between :mod:`~tuned_lens_fast.models.tracing`, which finds out what it is, and the norms of
 :mod:`~tuned_lens_fast.nn`. Here is also how blocks take and return their residual streams, which differs between
 models.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.model_end import Layout, first_tensor, model_inputs, name_of, stream_of
-from tuned_lens_fast.models.watching import Watched, linear_head
+from tuned_lens_fast.models.tracing import TracedModel, linear_head
 from tuned_lens_fast.models.wrappers import is_hooked_transformer, unwrapped
 
 
@@ -63,7 +63,7 @@ class Recorder:
         if stream.ndim > 3:
             if self._layout is None:
                 # Which dimension is which cannot be told from a shape of which two sizes are the same.
-                self._layout = Watched(self._model, run_blocks=False).layout
+                self._layout = TracedModel(self._model, run_blocks=False).layout
             stream = self._layout.flat(stream)
         # Some models put positions of their own before the prompt's.
         stream = stream[:, stream.shape[1] - self._tokens :]

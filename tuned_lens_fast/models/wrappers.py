@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
-from tuned_lens_fast.models.watching import close
+from tuned_lens_fast.models.tracing import close
 
 
 def unwrapped(model: Any) -> Any:
@@ -52,7 +52,7 @@ def check_hooked(model: Any, unembed: Callable[[Tensor], Tensor]) -> None:
 
     Raises:
         NotImplementedError: the logits differ; tolerances are those of
-            :meth:`tuned_lens_fast.models.watching.Watched.verify`.
+            :meth:`tuned_lens_fast.models.tracing.TracedModel.verify`.
     """
     weight = model.unembed.W_U
     rows = min(4, model.cfg.n_ctx)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from tuned_lens_fast import load_artifacts
 from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
-from tuned_lens_fast.engines.seam import Translator
-from tuned_lens_fast.files import written_aside
+from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.engines.interface import Translator
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cannot_continue
 from tuned_lens_fast.models.model_end import model_inputs
@@ -354,13 +354,13 @@ class TunedLens(Lens):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.cpu() for name, tensor in self.layer_translators.state_dict().items()}
         text = json.dumps(self.config.to_dict(), indent=2)
-        with written_aside(folder / ckpt) as aside:
+        with atomic_write(folder / ckpt) as aside:
             if Path(ckpt).suffix == ".safetensors":
                 # It takes no transposed tensors, and no layers that share one.
                 save_file({name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}, aside)
             else:
                 torch.save(state, aside)
-        with written_aside(folder / config) as aside:
+        with atomic_write(folder / config) as aside:
             aside.write_text(text, encoding="utf-8")
 
     def push_to_hub(

@@ -2,7 +2,7 @@
 
 On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy: an
 :class:`Unembed` reads the model's own tensors, and describes them plainly
-(:class:`~tuned_lens_fast.engines.seam.Norm`, :class:`~tuned_lens_fast.engines.seam.Head`) for the engines.
+(:class:`~tuned_lens_fast.engines.interface.Norm`, :class:`~tuned_lens_fast.engines.interface.Head`) for the engines.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from tuned_lens_fast import model_surgery
-from tuned_lens_fast.engines.seam import Head, Norm
+from tuned_lens_fast.engines.interface import Head, Norm
 from tuned_lens_fast.models.alias import frozen_alias
-from tuned_lens_fast.models.watching import LogitTransform, Watched
+from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
 
@@ -78,7 +78,7 @@ class Unembed(nn.Module):
                 check_hooked(model, self)
             return
         _check_head(model_surgery.get_unembedding_matrix(model))
-        watched = Watched(model, run_blocks=verify)
+        watched = TracedModel(model, run_blocks=verify)
         self._describe(watched.norm, watched.head, watched.width, watched.transform, watched.num_blocks)
         if verify:
             watched.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))

@@ -12,7 +12,7 @@
 #include <cstring>
 #include <vector>
 
-#include "factors.h"
+#include "matmul.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define OWN_PRODUCTS
@@ -68,11 +68,11 @@ bool find_amx() {
 #else
 namespace amx {
 template <typename Weight>
-void product(const Factors<Weight>&, int64_t, int64_t) {}
+void matmul(const AmxOperands<Weight>&, int64_t, int64_t) {}
 }  // namespace amx
 namespace fma {
 template <typename Weight>
-void product(const PackedFactors<Weight>&, int64_t, int64_t) {}
+void matmul(const FmaOperands<Weight>&, int64_t, int64_t) {}
 }  // namespace fma
 
 bool find_fma() { return false; }
@@ -94,31 +94,31 @@ using torch::stable::Tensor;
 
 template <typename Weight>
 void run(const Tensor& x, const Tensor& weight, int64_t most, Tensor& z) {
-  const Factors<Weight> factors{
+  const AmxOperands<Weight> operands{
       static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0),     x.stride(1), x.size(0), most, z.size(0),
       static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), z.size(1), weight.size(1),
       z.mutable_data_ptr<float>(), z.stride(0)};
   torch::stable::parallel_for(0, (z.size(1) + 31) / 32, 1, [&](int64_t begin, int64_t end) {
-    amx::product(factors, begin, end);
+    amx::matmul(operands, begin, end);
   });
 }
 
 // x [parts, rows, d_model] in bf16 with zeros up to multiples of 32; weight [width, d_model]; z [rows or fewer, width].
-void amx_product(Tensor x, Tensor weight, int64_t most, Tensor z) {
-  STD_TORCH_CHECK(has_amx(), "amx_product: this processor, or its system, has no AMX");
+void amx_matmul(Tensor x, Tensor weight, int64_t most, Tensor z) {
+  STD_TORCH_CHECK(has_amx(), "amx_matmul: this processor, or its system, has no AMX");
   STD_TORCH_CHECK(
       x.dim() == 3 && x.is_contiguous() && x.scalar_type() == ScalarType::BFloat16 && x.size(1) % 32 == 0 &&
           x.size(2) % 32 == 0,
-      "amx_product: x has to be contiguous bf16 [parts, rows, d_model], padded to multiples of 32");
+      "amx_matmul: x has to be contiguous bf16 [parts, rows, d_model], padded to multiples of 32");
   STD_TORCH_CHECK(
       weight.dim() == 2 && z.dim() == 2 && (weight.size(1) < 2 || weight.stride(1) == 1) &&
           (z.size(1) < 2 || z.stride(1) == 1) && weight.size(0) == z.size(1) && z.size(0) <= x.size(1) &&
           weight.size(1) <= x.size(2) && x.size(2) - weight.size(1) < 32,
-      "amx_product: weight has to be [width, d_model] and z [rows, width], each row contiguous");
+      "amx_matmul: weight has to be [width, d_model] and z [rows, width], each row contiguous");
   const bool split = weight.scalar_type() == ScalarType::Float;
   STD_TORCH_CHECK(
       split || (x.size(0) == 1 && weight.scalar_type() == ScalarType::BFloat16),
-      "amx_product: weight has to be fp32, or bf16 for one part of x");
+      "amx_matmul: weight has to be fp32, or bf16 for one part of x");
   split ? run<float>(x, weight, most, z) : run<uint16_t>(x, weight, most, z);
 }
 
@@ -130,30 +130,30 @@ void run(const Tensor& x, const Tensor& weight, Tensor& z) {
   const int64_t wanted = panels ? (threads + panels - 1) / panels : 1;
   const int64_t groups = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, packs));
   const int64_t each = (packs + groups - 1) / groups;
-  const PackedFactors<Weight> factors{
+  const FmaOperands<Weight> operands{
       x.const_data_ptr<float>(), rows, static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), width,
       weight.size(1), z.mutable_data_ptr<float>(), z.stride(0), each * kPackedRows};
   const int64_t shares = each ? (packs + each - 1) / each * panels : 0;
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) { fma::product(factors, begin, end); });
+  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) { fma::matmul(operands, begin, end); });
 }
 
 // x fp32 [packs, d_model, 6], the rows of a pack side by side, with zeros for those there are not; weight
 // [width, d_model] in fp32, bf16 or fp16; z [rows, width].
-void fma_product(Tensor x, Tensor weight, Tensor z) {
-  STD_TORCH_CHECK(has_fma(), "fma_product: it is for processors with AVX2 and nothing wider");
+void fma_matmul(Tensor x, Tensor weight, Tensor z) {
+  STD_TORCH_CHECK(has_fma(), "fma_matmul: it is for processors with AVX2 and nothing wider");
   STD_TORCH_CHECK(
       x.dim() == 3 && x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.size(2) == kPackedRows,
-      "fma_product: x has to be contiguous fp32 [packs, d_model, 6]");
+      "fma_matmul: x has to be contiguous fp32 [packs, d_model, 6]");
   STD_TORCH_CHECK(
       weight.dim() == 2 && z.dim() == 2 && (weight.size(1) < 2 || weight.stride(1) == 1) &&
           (z.size(1) < 2 || z.stride(1) == 1) && weight.size(0) == z.size(1) && weight.size(1) == x.size(1) &&
           (z.size(0) + kPackedRows - 1) / kPackedRows == x.size(0),
-      "fma_product: weight has to be [width, d_model] and z [rows, width], each row contiguous");
+      "fma_matmul: weight has to be [width, d_model] and z [rows, width], each row contiguous");
   switch (weight.scalar_type()) {
     case ScalarType::Float: return run<float>(x, weight, z);
     case ScalarType::BFloat16: return run<Bf16>(x, weight, z);
     case ScalarType::Half: return run<Half>(x, weight, z);
-    default: STD_TORCH_CHECK(false, "fma_product: weight has to be fp32, bf16 or fp16");
+    default: STD_TORCH_CHECK(false, "fma_matmul: weight has to be fp32, bf16 or fp16");
   }
 }
 
@@ -162,9 +162,9 @@ void fma_product(Tensor x, Tensor weight, Tensor z) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
   library.def("has_fma() -> bool");
-  library.def("fma_product(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
+  library.def("fma_matmul(Tensor x, Tensor weight, Tensor(a!) z) -> ()");
   library.def("has_amx() -> bool");
-  library.def("amx_product(Tensor x, Tensor weight, int most, Tensor(a!) z) -> ()");
+  library.def("amx_matmul(Tensor x, Tensor weight, int most, Tensor(a!) z) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {
@@ -173,6 +173,6 @@ STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CPU, library) {
-  library.impl("fma_product", TORCH_BOX(&tuned_lens_fast::fma_product));
-  library.impl("amx_product", TORCH_BOX(&tuned_lens_fast::amx_product));
+  library.impl("fma_matmul", TORCH_BOX(&tuned_lens_fast::fma_matmul));
+  library.impl("amx_matmul", TORCH_BOX(&tuned_lens_fast::amx_matmul));
 }

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from tiny_models import LAYERS, VOCAB, tiny
 
 import tuned_lens_fast as tl
-from tuned_lens_fast import memory
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.seam import STATISTICS, BudgetError, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import STATISTICS, BudgetError, Head, Norm, Query, Translator
 from tuned_lens_fast.streaming import prepare, stream
 
 
 def planned(batch, positions, budget, *, layers=3, d_model=32, vocab=101, stats=frozenset(), top_k=0, **options):
     head = Head(torch.empty(vocab, d_model, device="meta"))
     translator = Translator(torch.empty(d_model, d_model, device="meta"))
-    return memory.plan(
+    return budget.plan(
         batch,
         positions,
         engine=ENGINES["eager"],
@@ -57,7 +56,7 @@ def test_a_plan_keeps_to_its_budget(batch, positions, budget, layers, d_model, v
         with pytest.raises(BudgetError, match=f"the smallest that works here is {smallest}"):
             planned(batch, positions, smallest - 1, **question)
     assert plan.total <= plan.budget
-    assert plan.cut.scratch <= plan.scratch
+    assert plan.tiling.scratch <= plan.scratch
     assert 1 <= plan.rows <= batch
     assert 1 <= plan.chunk <= positions
     assert chunk is None or plan.chunk == question["chunk"]
@@ -85,7 +84,7 @@ def test_what_a_plan_says():
     plan = planned(2, 50_000, 2**24, layers=3, d_model=64, stats=frozenset({"kl"}), top_k=2)
     assert str(plan).startswith("memory budget 16.0 MiB: chunks of ")
     assert f"{plan.chunk:,} positions of 2 of 2 rows" in str(plan)
-    assert f"tiles of {plan.cut.tile:,}" in str(plan)
+    assert f"tiles of {plan.tiling.tile:,}" in str(plan)
     assert "the whole prompt at a time" in str(planned(1, 10, 2**24))
 
 

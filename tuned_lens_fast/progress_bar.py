@@ -1,13 +1,10 @@
-"""What the command line shows of a decode at work: how far it is, how fast, and the memory it takes."""
+"""What the command line shows of a decode at work: how far it is, and how fast."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,7 +22,7 @@ from rich.text import Text
 from tuned_lens_fast import progress
 
 
-class Meter:
+class ProgressBar:
     """A progress bar on the terminal, if there is one, that counts positions."""
 
     def __init__(self, console: Console, disable: bool) -> None:
@@ -82,35 +79,3 @@ class _Throughput(ProgressColumn):
 class _TimeLeft(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task) + Text(" left")
-
-
-class PeakMemory:
-    """How much memory beyond that at the start was in use at most."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.start: int | None = torch.cuda.memory_allocated(device)
-            return
-        try:
-            # Sets the resident peak back to what is resident now (man 5 proc).
-            Path("/proc/self/clear_refs").write_text("5")
-            self.start = self._resident_peak()
-        except OSError:
-            self.start = None
-
-    def growth(self) -> int | None:
-        """Bytes: allocated on a GPU, else resident; None where the system does not tell."""
-        if self.start is None:
-            return None
-        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else self._resident_peak()
-        return max(0, now - self.start)
-
-    @staticmethod
-    def _resident_peak() -> int:
-        status = Path("/proc/self/status").read_text()
-        match = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-        if match is None:
-            raise OSError("/proc/self/status has no VmHWM")
-        return int(match[1]) * 1024

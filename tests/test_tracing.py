@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.watching import Watched, close
+from tuned_lens_fast.models.tracing import TracedModel, close
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -51,7 +51,7 @@ class Shift(nn.Module):
 )
 def test_what_is_around_the_head_is_measured(norm, around, transform):
     model = ToyModel(norm, **around)
-    found = Watched(model).transform
+    found = TracedModel(model).transform
     assert (found.factor, found.scale, found.softcap) == (
         pytest.approx(transform[0], rel=1e-6),
         pytest.approx(transform[1], rel=1e-6),
@@ -151,7 +151,7 @@ def mutated_formula(**changes):
 def test_verification_sees_every_mutation(model_type, mutate, part):
     model = build(model_type)
     unembed = Unembed(model)
-    watched = Watched(model)
+    watched = TracedModel(model)
     watched.verify(unembed, lambda h: unembed.norm(h))
     mutate(unembed)
     with pytest.raises(NotImplementedError, match=part):
@@ -176,7 +176,7 @@ def test_verification_in_16_bits(model_type, mutate, dtype):
     unembed = Unembed(model)
     mutate(unembed)
     with pytest.raises(NotImplementedError, match="what differs is"):
-        Watched(model).verify(unembed, lambda h: unembed.norm(h.float()))
+        TracedModel(model).verify(unembed, lambda h: unembed.norm(h.float()))
 
 
 def test_a_large_row_hides_no_small_one():
@@ -193,7 +193,7 @@ def test_verification_sees_a_missing_bias_of_the_head(model_type):
     head = nn.Linear(D_MODEL, VOCAB, bias=False)
     head.weight = model.lm_head.weight
     unembed._model_end = (unembed._model_end[0], head)
-    watched = Watched(model)
+    watched = TracedModel(model)
     watched.head = watched._head = head
     with pytest.raises(NotImplementedError, match="its head"):
         watched.verify(unembed, lambda h: unembed.norm(h))
@@ -307,7 +307,7 @@ def test_verification_is_no_looser_under_autocast():
     unembed = Unembed(tiny("llama"))
     mutated_transform(factor=1.001)(unembed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        watched = Watched(tiny("llama"))
+        watched = TracedModel(tiny("llama"))
         with pytest.raises(NotImplementedError, match=r"by 1\.001"):
             watched.verify(unembed, lambda h: unembed.norm(h))
 
@@ -349,7 +349,7 @@ def test_dtypes_are_verified_too(model_type, dtype):
     unembed = Unembed(model)
     unembed._transform = replace(unembed._transform, scale=unembed._transform.scale * 1.5)
     with pytest.raises(NotImplementedError, match="scale or softcap"):
-        Watched(model).verify(unembed, lambda h: unembed.norm(h.float()))
+        TracedModel(model).verify(unembed, lambda h: unembed.norm(h.float()))
 
 
 def test_a_compiled_model():

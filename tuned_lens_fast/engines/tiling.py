@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import Query
+from tuned_lens_fast.engines.interface import Query
 
 
 def slices(total: int, size: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ enum class Bf16 : uint16_t {};
 enum class Half : uint16_t {};
 
 template <typename Weight>  // float, or uint16_t for the bits of a bf16
-struct Factors {
+struct AmxOperands {
   const uint16_t* x;  // bf16, [parts, rows, d_model] padded with zeros to multiples of 32
   int64_t x_apart;    // from one part to the next
   int64_t x_stride;
@@ -29,7 +29,7 @@ constexpr int64_t kPackedRows = 6;   // of x, side by side
 constexpr int64_t kMostDepth = 256;  // of a product whose sums stay in registers
 
 template <typename Weight>  // float, Bf16 or Half
-struct PackedFactors {
+struct FmaOperands {
   const float* x;  // [rows / 6, d_model, 6], padded with zeros
   int64_t rows;    // without padding
   const Weight* w;

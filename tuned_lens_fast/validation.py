@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.seam import DIVERGENCES, NO_TARGET, STATISTICS, Head, Query
+from tuned_lens_fast.engines.interface import DIVERGENCES, NO_TARGET, STATISTICS, Head, Query
 from tuned_lens_fast.models.wrappers import unwrapped
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class _Pass:
     logits: Tensor  #: [1, tokens, vocab]
 
 
-class Watched:
+class TracedModel:
     """A model's end, as seen by running it.
 
     ``norm`` leads from the last block's output to the head, but for ``transform.factor``: a module of the model's own
@@ -421,7 +421,7 @@ def _related(source: Tensor, target: Tensor) -> float | None:
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
-    """Within the tolerance of :meth:`Watched.verify`, in every row ``[..., width]``."""
+    """Within the tolerance of :meth:`TracedModel.verify`, in every row ``[..., width]``."""
     found = found.reshape(wanted.shape)
     error = torch.where(found == wanted, 0, found.double() - wanted.double()).abs()  # also where both are -inf
     tolerance = max(1e-4, 8 * torch.finfo(wanted.dtype).eps, 8 * torch.finfo(found.dtype).eps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import Product
-from tuned_lens_fast.engines.seam import Head
+from tuned_lens_fast.engines.eager import Matmul
+from tuned_lens_fast.engines.interface import Head
 
 #: Rows and columns that AMX's registers hold; x is padded to multiples of it.
 AMX_BLOCK = 32
@@ -16,7 +16,7 @@ FMA_ROWS, FMA_BLOCK = 6, (64, 256)
 FMA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class PackedProduct(Product):
+class PackedMatmul(Matmul):
     """A product with x in an order of its own, which is kept: x meets one tile after another, as may the reference."""
 
     def __init__(self, head: Head, hidden: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class PackedProduct(Product):
         return packed
 
 
-class FmaProduct(PackedProduct):
+class FmaMatmul(PackedMatmul):
     """On AVX2's fused multiply-adds, in fp32 throughout; weights of 16 bits are widened a block at a time."""
 
     def weight(self, tokens: slice | Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class FmaProduct(PackedProduct):
         return padded.unflatten(0, (packs, FMA_ROWS)).transpose(1, 2).contiguous()
 
     def run(self, packed: Tensor, weight: Tensor, z: Tensor) -> None:
-        torch.ops.tuned_lens_fast.fma_product(packed, weight, z)
+        torch.ops.tuned_lens_fast.fma_matmul(packed, weight, z)
 
     def scratch(self, rows: int, tile: int) -> int:
         d_model = self.head.weight.shape[1]
@@ -70,7 +70,7 @@ class FmaProduct(PackedProduct):
         return x + weight + tile * d_model * self.head.weight.itemsize * (self.head.weight.stride(1) != 1)
 
 
-class AmxProduct(PackedProduct):
+class AmxMatmul(PackedMatmul):
     """On AMX, which multiplies bf16 alone: as many bf16 products as :func:`bf16_split` says."""
 
     def __init__(self, head: Head, hidden: torch.dtype, parts: int, most: int) -> None:
@@ -82,7 +82,7 @@ class AmxProduct(PackedProduct):
         return bf16_parts(x, self.parts)
 
     def run(self, packed: Tensor, weight: Tensor, z: Tensor) -> None:
-        torch.ops.tuned_lens_fast.amx_product(packed, weight, self.most, z)
+        torch.ops.tuned_lens_fast.amx_matmul(packed, weight, self.most, z)
 
     def scratch(self, rows: int, tile: int) -> int:
         blocks, d_model = -(-tile // AMX_BLOCK), _padded(self.head.weight.shape[1])

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, native
-from tuned_lens_fast.engines.eager import Product
-from tuned_lens_fast.engines.products import FMA_DTYPES, FmaProduct
-from tuned_lens_fast.engines.seam import Head, Norm, Query
+from tuned_lens_fast.engines.eager import Matmul
+from tuned_lens_fast.engines.interface import Head, Norm, Query
+from tuned_lens_fast.engines.matmuls import FMA_DTYPES, FmaMatmul
 
 pytestmark = pytest.mark.skipif(not native.has_fma(), reason="csrc/'s product is for AVX2 without AVX-512")
 NAN, INF = float("nan"), float("inf")
@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 def product(x, weight):
     """z = x W^T, with W as it lies in memory; that nothing beside z is written is checked."""
-    engine = FmaProduct(Head(weight), torch.float32)
+    engine = FmaMatmul(Head(weight), torch.float32)
     room = torch.full((x.shape[0] + 2, weight.shape[0] + 7), NAN)
     z = room[1:-1, 3:-4]
     engine.run(engine.pack(engine.round(x)), engine.weight(slice(None)), z)
@@ -92,7 +92,7 @@ def test_every_number_of_16_bits_is_widened(dtype):
 
 @pytest.mark.parametrize("weight", [normal(80, 24).t().contiguous().t(), normal(80, 48)[:, ::2]], ids=["t", "strided"])
 def test_weights_whose_rows_are_not_contiguous(weight):
-    found = FmaProduct(Head(weight), torch.float32)(normal(9, 24), slice(0, 80), 80)
+    found = FmaMatmul(Head(weight), torch.float32)(normal(9, 24), slice(0, 80), 80)
     torch.testing.assert_close(found, normal(9, 24) @ weight.T)
 
 
@@ -104,7 +104,7 @@ def test_nothing_to_multiply():
 
 def test_opcheck():
     operands = (normal(2, 8, 6), normal(5, 8), torch.zeros(12, 5))
-    torch.library.opcheck(torch.ops.tuned_lens_fast.fma_product.default, operands)
+    torch.library.opcheck(torch.ops.tuned_lens_fast.fma_matmul.default, operands)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_opcheck():
     ids=str,
 )
 def test_operands_that_do_not_fit_are_refused(x, weight, z):
-    with pytest.raises(RuntimeError, match="fma_product"):
-        torch.ops.tuned_lens_fast.fma_product(torch.zeros(x), torch.zeros(weight), torch.zeros(z))
+    with pytest.raises(RuntimeError, match="fma_matmul"):
+        torch.ops.tuned_lens_fast.fma_matmul(torch.zeros(x), torch.zeros(weight), torch.zeros(z))
 
 
 @pytest.mark.parametrize("which", ["x", "weight", "z"])
@@ -129,14 +129,14 @@ def test_operands_of_other_dtypes_are_refused(which):
     operands = {"x": torch.zeros(2, 8, 6), "weight": torch.zeros(5, 8), "z": torch.zeros(12, 5)}
     operands[which] = operands[which].double()
     with pytest.raises(RuntimeError):
-        torch.ops.tuned_lens_fast.fma_product(*operands.values())
+        torch.ops.tuned_lens_fast.fma_matmul(*operands.values())
 
 
 def test_which_heads_it_multiplies(monkeypatch):
     monkeypatch.setattr(native, "has_amx", lambda: False)
     for dtype in FMA_DTYPES:
-        assert type(ENGINES["native"].product(Head(torch.zeros(4, 8, dtype=dtype)), dtype)) is FmaProduct
-    assert type(ENGINES["native"].product(Head(torch.zeros(4, 8, dtype=torch.float64)), torch.float64)) is Product
+        assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=dtype)), dtype)) is FmaMatmul
+    assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=torch.float64)), torch.float64)) is Matmul
 
 
 def test_the_plan_counts_what_the_product_needs(monkeypatch):

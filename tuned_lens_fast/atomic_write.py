@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A hidden name beside ``path`` to write to, renamed to ``path`` when the block ends well.
 
     A killed process may leave the hidden file; it ends in neither ``path``'s suffix nor any other that readers of

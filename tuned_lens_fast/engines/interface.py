@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers: the seam between lenses and engines.
+"""What an engine is asked and what it answers: the interface between lenses and engines.
 
 A lens is taken apart into plain tensors, so that an engine needs to know nothing of models:
 
@@ -111,7 +111,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Tiling:
     """How an engine cuts its work, so that scratch stays within the budget."""
 
     layers: int  #: layers of a chunk of rows, which go through the vocabulary together
@@ -150,7 +150,7 @@ class Engine(Protocol):
         head: Head,
         query: Query,
         memory_budget: int,
-    ) -> Cut:
+    ) -> Tiling:
         """How :meth:`decode` will cut hidden states of dtype ``hidden`` at so many layers and positions, at least 1.
 
         Of ``query`` only what is asked for counts, not the values of its tensors.
