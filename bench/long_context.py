@@ -32,6 +32,7 @@ from tuned_lens_fast import LogitLens, decode_documents
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines import ENGINES, choose
 from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.models.chunked_pass import cache_of
 from tuned_lens_fast.streaming import prepare
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
@@ -50,8 +51,8 @@ class Clock:
 
         def stop(_module: Any, _args: Any, output: Any) -> None:
             self.model += time.perf_counter() - started.pop()
-            layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+            caches = cache_of(model, output).values()
+            held = sum(layer.keys.nbytes + layer.values.nbytes for cache in caches for layer in cache.layers)
             self.cache = max(self.cache, held)
 
         hooks = [

@@ -224,11 +224,12 @@ def test_between_chunks_the_model_is_as_it_was():
 class Forgetful(LlamaForCausalLM):
     """Takes a cache, returns one, and heeds it only for single tokens."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
-        held = past_key_values if input_ids.shape[1] == 1 else None
-        return super().forward(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=held, use_cache=use_cache
-        )
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, cache=None, past_key_values=None
+    ):
+        held = {"cache": cache, "past_key_values": past_key_values} if input_ids.shape[1] == 1 else {}
+        held = {name: value for name, value in held.items() if value is not None}
+        return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache, **held)
 
 
 def test_a_cache_that_is_not_continued_is_noticed():

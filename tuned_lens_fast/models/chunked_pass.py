@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tuned_lens_fast.models.residual_stream import model_inputs, recorded
 
-#: What models call the cache they return, and take again.
-_CACHES = ("past_key_values", "cache_params", "state")
+#: What models call the cache they return, and take again; most renamed ``past_key_values`` in transformers 5.24.
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
 #: Positions of a chunk on which it is tried whether a model continues from its cache.
 _TRIAL = 5
 
@@ -66,14 +66,17 @@ class ChunkedPass:
                 inputs[name] = inputs[name][:, positions]
         if "attention_mask" in inputs:
             inputs["attention_mask"] = inputs["attention_mask"][:, : positions.stop]
-        self._cache = _cache_of(self._model, self._model(**inputs, **self._cache))
+        self._cache = cache_of(self._model, self._model(**inputs, **self._cache))
 
 
-def _cache_of(model: Any, output: Any) -> dict[str, Any]:
+def cache_of(model: Any, output: Any) -> dict[str, Any]:
     """The cache that a forward pass returned, by the name under which the model takes it; empty if none."""
     taken = inspect.signature(model.forward).parameters
-    found = {name: getattr(output, name, None) for name in _CACHES if name in taken}
-    return {name: cache for name, cache in found.items() if cache is not None}
+    for name in _CACHES:
+        cache = getattr(output, name, None) if name in taken else None
+        if cache is not None:
+            return {name: cache}
+    return {}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines.interface import Translator
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.chunked_pass import cannot_continue
+from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
 from tuned_lens_fast.models.model_end import model_inputs
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
@@ -119,7 +119,7 @@ class Lens(abc.ABC, nn.Module):
         Stops early when every sequence has met one of the model's end-of-sequence tokens
         (``model.generation_config.eos_token_id``: none, one or several); a finished sequence repeats its own.
         Sampling draws from PyTorch's global generator, so ``torch.manual_seed`` fixes it. The model runs in evaluation
-        mode, and is left in the modes it was in; one that does not continue from ``past_key_values`` reads everything
+        mode, and is left in the modes it was in; one that does not continue from its cache reads everything
         again for each token.
 
         Args:
@@ -154,19 +154,18 @@ class Lens(abc.ABC, nn.Module):
 
         tokens = input_ids.reshape(-1, input_ids.shape[-1])
         start = tokens.shape[1]
-        cached = max_new_tokens > 1 and "past_key_values" in inspect.signature(model.forward).parameters
-        cached = cached and cannot_continue(model, tokens, None, (start, start + 1)) is None
+        cached = max_new_tokens > 1 and cannot_continue(model, tokens, None, (start, start + 1)) is None
         with recorded(model, [layer], slice(-1, None)) as recorder:
             config = getattr(model, "generation_config", None) or model.config
             eos = config.eos_token_id
             ends = torch.tensor([] if eos is None else eos, dtype=tokens.dtype, device=tokens.device).reshape(-1)
             done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-            cache = None
+            cache: dict[str, Any] = {}
             for _ in range(max_new_tokens):
                 # The cache holds all but the newest token.
-                inputs = model_inputs(model, tokens if cache is None else tokens[:, -1:])
-                output = model(**inputs | ({"past_key_values": cache, "use_cache": True} if cached else {}))
-                cache = getattr(output, "past_key_values", None)
+                inputs = model_inputs(model, tokens[:, -1:] if cache else tokens)
+                output = model(**inputs | ({**cache, "use_cache": True} if cached else {}))
+                cache = cache_of(model, output) if cached else {}
                 (h,), _ = recorder.take()
                 logits = self.forward(h[:, -1], layer).float()
                 if do_sample and temp > 0:
