@@ -39,7 +39,7 @@ from tuned_lens_fast.data.jsonl import Document, read_jsonl
 from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
-from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.engines.statistics import STATISTICS
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.model_surgery import get_transformer_layers
