@@ -17,7 +17,7 @@ CONTENDERS: dict[str, Contender] = {
         product.ROWS,
         product.TILES,
         product.OWN,
-        *ours.ENGINES,
+        *ours.CONTENDERS,
         layer_loop.PLAIN,
         layer_loop.COMPILED,
         scratch.SCRATCH,
