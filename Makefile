@@ -39,7 +39,7 @@ bench: $(VENV)/.test  ## time the engines and what each statistic adds, beside t
 	rm -rf .benchmarks/before
 	if [ -d .benchmarks/now ]; then mv .benchmarks/now .benchmarks/before; fi
 	$(BIN)/python bench/run.py --suite quick --out .benchmarks/now
-	if [ -d .benchmarks/before ]; then $(BIN)/python bench/run.py --compare .benchmarks/before .benchmarks/now; fi
+	-if [ -d .benchmarks/before ]; then $(BIN)/python bench/run.py --compare .benchmarks/before .benchmarks/now; fi
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) tuned_lens_fast/_native* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

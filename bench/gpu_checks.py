@@ -39,7 +39,7 @@ def profile(path: Path) -> dict[str, str]:
 def main() -> None:
     scratch, out = Path(sys.argv[1]), Path(sys.argv[2])
     found = {"tests": tests(scratch / "tests.xml"), "profile": profile(scratch / "profile.csv")}
-    write(out, {"kind": "gpu checks", **heading("gpu.sh", [], "cuda"), **found})
+    write(out, {"kind": "gpu checks", **heading("gpu.sh", [], "cuda"), "command": "bash bench/gpu.sh", **found})
     print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
 
 

@@ -100,6 +100,7 @@ def _driver() -> str | None:
 
 def write(path: Path, result: dict[str, Any]) -> None:
     """As JSON, seven digits of every number, on lines as long as a screen is wide."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as aside:
         aside.write_text(_lines(_rounded(result)) + "\n")
 

@@ -11,7 +11,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def machine(environment: Result) -> str:
 def source(result: Result, suite: str, part: str) -> str:
     """The command that a result was made with, its commit and date."""
     command, environment = result["command"], result["environment"]
-    if command == f"python bench/{SUITES.get(suite, {}).get(part)}":
+    if command == f"python bench/{SUITES[suite].get(part)}":
         command = f"python bench/run.py --suite {suite} --part {part}"
     commit = f"commit {environment['commit']}, " if environment["commit"] else ""
     return f"`{command}` ({commit}{environment['date']})\n"
@@ -175,51 +176,60 @@ def errors(entries: list[Result]) -> str:
     return ", ".join(f"{share:.2f}" for _, share in worst) + (f" ({names.pop()})" if len(names) == 1 else "")
 
 
-def exponent(sizes: Iterable[float], values: Iterable[float]) -> float:
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The power of size that values grow with: the slope of the least-squares line through their logarithms."""
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope
 
 
-def sweeps(results: Iterable[Result]) -> dict[str, dict[str, list[tuple[int, Result]]]]:
-    """Size -> contender -> that size and entry of each case, where one size alone varies, eightfold or more."""
-    found = {}
-    for result in results:
-        cases = sorted(result["cases"], key=lambda case: [case[size] for size in SIZES])
-        varying = [size for size in (*SIZES, "preset", "statistics") if len({case[size] for case in cases}) > 1]
-        if len(varying) == 1 and varying[0] in SIZES and cases[-1][varying[0]] >= 8 * cases[0][varying[0]]:
-            found[varying[0]] = {
-                name: points
-                for name in CONTENDERS
-                if len(points := [(case[varying[0]], case["contenders"][name]) for case in cases
-                                  if "seconds" in case["contenders"].get(name, {})]) > 2
-            }  # fmt: skip
-    return found
+@dataclass(frozen=True)
+class Sweep:
+    """A comparison where one size alone varies, eightfold or more."""
+
+    axis: str
+    sizes: list[int]
+    entries: dict[str, list[Result]]  #: of every contender that has times at all sizes
+
+    @classmethod
+    def of(cls, cases: list[Result]) -> Sweep | None:
+        """The sweep that these cases are, if they are one."""
+        varying = [axis for axis in (*AXES, "statistics") if len({case[axis] for case in cases}) > 1]
+        if len(varying) != 1 or varying[0] not in SIZES:
+            return None
+        cases = sorted(cases, key=lambda case: case[varying[0]])
+        entries = {name: [case["contenders"].get(name, {}) for case in cases] for name in CONTENDERS}
+        entries = {name: some for name, some in entries.items() if all("seconds" in entry for entry in some)}
+        sizes = [case[varying[0]] for case in cases]
+        return cls(varying[0], sizes, entries) if len(sizes) > 2 and sizes[-1] >= 8 * sizes[0] else None
+
+    def grown(self, name: str) -> str:
+        """The powers of the size that time and memory grow with, and MiB at both ends."""
+        if name not in self.entries:
+            return ""
+        time = f"{exponent(self.sizes, [entry['seconds']['median'] for entry in self.entries[name]]):.3f}"
+        peaks = [entry["peak_extra_bytes"] / 2**20 for entry in self.entries[name] if entry.get("peak_extra_bytes")]
+        if len(peaks) < len(self.sizes):
+            return time
+        return f"{time}, {exponent(self.sizes, peaks):.3f} ({number(peaks[0])} to {number(peaks[-1])})"
 
 
-def growth(found: dict[str, dict[str, list[tuple[int, Result]]]], picture: Path) -> Iterator[str]:
+def growth(sweeps: list[Sweep], picture: Path) -> Iterator[str]:
     """Exponents of all sweeps, what memory did, and a picture of both."""
     yield "### growth\n"
     yield (
         "The powers of a size that time, and then memory, grow with, by least squares through the logarithms of the "
         "tables above; in parentheses, MiB from the smallest size to the largest.\n"
     )
-
-    def grown(points: list[tuple[int, Result]]) -> str:
-        sizes, entries = zip(*points, strict=True)
-        time = f"{exponent(sizes, [entry['seconds']['median'] for entry in entries]):.3f}"
-        peaks = [entry["peak_extra_bytes"] / 2**20 for entry in entries if entry.get("peak_extra_bytes")]
-        if len(peaks) < len(sizes):
-            return time
-        return f"{time}, {exponent(sizes, peaks):.3f} ({number(peaks[0])} to {number(peaks[-1])})"
-
-    ends = {axis: [size for size, _ in next(iter(points.values()))] for axis, points in found.items()}
-    names = dict.fromkeys(name for contenders in found.values() for name in contenders)
     yield from table(
-        ["", *(f"{sizes[0]:,} to {AXES[axis].format(sizes[-1])}" for axis, sizes in ends.items())],
-        ([bold(name), *(grown(contenders[name]) for contenders in found.values())] for name in names),
+        ["", *(f"{sweep.sizes[0]:,} to {AXES[sweep.axis].format(sweep.sizes[-1])}" for sweep in sweeps)],
+        (
+            [bold(name), *(sweep.grown(name) for sweep in sweeps)]
+            for name in CONTENDERS
+            if any(name in sweep.entries for sweep in sweeps)
+        ),
     )
-    draw(found, picture)
-    yield f"![Time and memory against {', '.join(found)}]({picture.parent.name}/{picture.name})\n"
+    draw(sweeps, picture)
+    axes = ", ".join(sweep.axis for sweep in sweeps)
+    yield f"![Time and memory against {axes}]({picture.parent.name}/{picture.name})\n"
 
 
 #: Of every contender in the picture, a colour that the colour-blind can tell from the others, and a marker.
@@ -233,7 +243,7 @@ LOOKS = {
 }
 
 
-def draw(found: dict[str, dict[str, list[tuple[int, Result]]]], path: Path) -> None:
+def draw(sweeps: list[Sweep], path: Path) -> None:
     """Time, and memory below it, against every size, all axes logarithmic. The same results give the same bytes."""
     import matplotlib
 
@@ -244,21 +254,20 @@ def draw(found: dict[str, dict[str, list[tuple[int, Result]]]], path: Path) -> N
         "seconds": lambda entry: entry["seconds"]["median"],
         "MiB beyond the inputs": lambda entry: (entry.get("peak_extra_bytes") or math.nan) / 2**20,
     }
-    figure, panels = plt.subplots(2, len(found), figsize=(10, 5), sharex="col", sharey="row", squeeze=False)
-    for column, (axis, contenders) in enumerate(found.items()):
-        sizes = [size for size, _ in next(iter(contenders.values()))]
+    figure, panels = plt.subplots(2, len(sweeps), figsize=(10, 5), sharex="col", sharey="row", squeeze=False)
+    for column, sweep in enumerate(sweeps):
         for row, (what, value) in enumerate(values.items()):
             panel = panels[row][column]
-            for name, points in contenders.items():
+            for name, entries in sweep.entries.items():
                 colour, marker = LOOKS.get(name, ("#56B4E9", "v"))
-                line = [value(entry) for _, entry in points]
-                panel.plot(sizes, line, color=colour, marker=marker, label=name, linestyle="-" if marker else "--")
+                style = {"color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
+                panel.plot(sweep.sizes, [value(entry) for entry in entries], label=name, **style)
             panel.set(xscale="log", yscale="log", ylabel="" if column else what)
-            panel.set_xticks(sizes, [f"{size:,}" if i % 2 == 0 else "" for i, size in enumerate(sizes)])
+            panel.set_xticks(sweep.sizes, ["" if i % 2 else f"{size:,}" for i, size in enumerate(sweep.sizes)])
             panel.yaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-        panels[1][column].set_xlabel(AXES[axis].format(0)[2:])
+        panels[1][column].set_xlabel(AXES[sweep.axis].format(0)[2:])
     lines, names = panels[0][0].get_legend_handles_labels()
     figure.legend(lines, names, frameon=False, loc="upper center", ncols=len(names))
     with plt.rc_context({"svg.hashsalt": "tuned_lens_fast", "svg.fonttype": "none"}), atomic_write(path) as aside:
@@ -379,7 +388,8 @@ KINDS = {
 
 def section(folder: Path, pictures: Path) -> Iterator[str]:
     """A folder of results, in its suite's order."""
-    order = [*SUITES.get(folder.name, SUITES["gpu"])]
+    suite = folder.name if folder.name in SUITES else "gpu"
+    order = [*SUITES[suite]]
     paths = sorted(folder.glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else len(order))
     results = {path.stem: json.loads(path.read_text()) for path in paths}
     title = TITLES.get(folder.name, f"On a {'GPU' if next(iter(results.values()))['device'] == 'cuda' else 'CPU'}")
@@ -388,10 +398,11 @@ def section(folder: Path, pictures: Path) -> Iterator[str]:
         yield f"{words}\n"
     for part, result in results.items():
         yield f"### {part.replace('-', ' ')}\n"
-        yield source(result, folder.name, part)
+        yield source(result, suite, part)
         yield from KINDS[result["kind"]](result)
-    if found := sweeps(result for result in results.values() if result["kind"] == "comparison"):
-        yield from growth(found, pictures / f"{folder.name}-growth.svg")
+    comparisons = (result["cases"] for result in results.values() if result["kind"] == "comparison")
+    if sweeps := [sweep for cases in comparisons if (sweep := Sweep.of(cases))]:
+        yield from growth(sweeps, pictures / f"{folder.name}-growth.svg")
     if (again := folder.with_name(folder.name + AGAIN)).is_dir():
         yield from repeated(folder, again)
 

@@ -7,9 +7,9 @@
 All contenders get the same inputs and must give the numbers of float64 on a sample of rows before any is timed; one
 that does not is refused, one that cannot run says why. They take turns; times are medians with quartiles, and are told
 as multiples of the bare matrix product's as well. --suite runs the comparisons that docs/performance.md is made of
-(bench/report.py), each part in a process of its own, and leaves out those whose results are there. --compare tells how
-far two runs of the same comparison are apart. The exit status is 1 where an engine of this package fails, or errs by
-more than it promises.
+(bench/report.py), each part in a process of its own, and leaves out those whose results are there, unless they are
+asked for by --part. --compare tells how far two runs of the same comparison are apart. The exit status is 1 where an
+engine of this package fails, or errs by more than it promises.
 """
 
 from __future__ import annotations
@@ -211,12 +211,12 @@ def show(case: Case) -> None:
 
 
 def run_suite(name: str, folder: Path, parts: list[str]) -> int:
-    """Run the parts that are not in ``folder`` yet; the number of those that failed."""
+    """Run the ``parts`` named, or all that are not in ``folder`` yet; the number of those that failed."""
     failed = 0
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts or SUITES[name]:
         out = folder / f"{part}.json"
-        if out.exists():
+        if out.exists() and not parts:
             print(f"{part}: already in {out}")
             continue
         script, *arguments = shlex.split(SUITES[name][part])
@@ -310,7 +310,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")
     parser.add_argument("--out", type=Path, help="JSON file to write, or the folder of a suite")
     parser.add_argument("--suite", choices=SUITES)
-    parser.add_argument("--part", nargs="+", default=[], help="of the suite; default: all")
+    parser.add_argument("--part", nargs="+", default=[], help="of the suite; default: all that are not there")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="results, or folders of them")
     options = parser.parse_args(arguments)
     options.device = "cuda" if torch.cuda.is_available() else "cpu"

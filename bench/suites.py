@@ -56,11 +56,11 @@ SUITES: dict[str, dict[str, str]] = {
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
-    # `make bench`: small, so that all of it takes a minute or two.
+    # `make bench`: small, so that all of it takes a minute or two, and with one floor, so that two runs compare.
     "quick": {
         "walk": f"{SMOLLM2} --start head --layers 8 --vocabulary 16384 --positions 64 {LADDER}--statistics {EVERY} "
-        "--contenders product product-tiles triton native eager --together --rounds 15 --seconds 2",
+        "--contenders product-tiles triton native eager --together --rounds 15 --seconds 2",
         "decode": f"{SMOLLM2} --layers 8 --vocabulary 16384 --positions 1 16 64 --statistics {FULL} --together "
-        "--contenders product product-tiles triton native eager --rounds 15 --seconds 2",
+        "--contenders product-tiles triton native eager --rounds 15 --seconds 2",
     },
 }
