@@ -22,8 +22,6 @@ CONTENDERS: dict[str, Contender] = {
         layer_loop.COMPILED,
         scratch.SCRATCH,
         tuned_lens_trajectory.TRAJECTORY,
-        fused_losses.PYTORCH,
-        fused_losses.CUT_CROSS_ENTROPY,
-        fused_losses.LIGER,
+        *fused_losses.LOSSES,
     )
 }
