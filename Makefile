@@ -35,9 +35,11 @@ sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 		$(BIN)/pytest tests/test_cpu_engines.py tests/test_emulated.py tests/test_matmuls.py -k 'not eager'
 
-bench: $(VENV)/.test  ## time the engines and the parts of a decode, beside the last time
-	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=fullname \
-		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
+bench: $(VENV)/.test  ## time the engines and what each statistic adds, beside the last time
+	rm -rf .benchmarks/before
+	if [ -d .benchmarks/now ]; then mv .benchmarks/now .benchmarks/before; fi
+	$(BIN)/python bench/run.py --suite quick --out .benchmarks/now
+	-if [ -d .benchmarks/before ]; then $(BIN)/python bench/run.py --compare .benchmarks/before .benchmarks/now; fi
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) tuned_lens_fast/_native* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Predicts, from machine code alone, what the statistics of a vocabulary tile cost over its product.
 
-    python bench/static.py [--architecture 90] [--triton FOLDER]
+    python bench/static.py [--architecture 90]
 
 The statistics kernels are cross-compiled (no GPU is needed) for several sets of statistics and widths, and their
 machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its
@@ -41,37 +41,11 @@ STATISTICS: dict[str, dict[str, bool]] = {
 }
 
 #: A clock and multiprocessor: dense bf16 operations of the matrix units, lane operations of the other pipes.
+COMMON = {"alu": 64, "imad": 64, "mufu": 16, "shuffle": 32, "memory": 32}
 RATES: dict[int, dict[str, int]] = {
-    80: {
-        "matrix": 2048,
-        "fma": 64,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 16,
-    },
-    90: {
-        "matrix": 4096,
-        "fma": 128,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 64,
-    },
-    100: {
-        "matrix": 8192,
-        "fma": 128,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 64,
-    },
+    80: COMMON | {"matrix": 2048, "fma": 64, "convert": 16},
+    90: COMMON | {"matrix": 4096, "fma": 128, "convert": 64},
+    100: COMMON | {"matrix": 8192, "fma": 128, "convert": 64},
 }
 #: Share of the matrix units' rate that a good product reaches.
 PRODUCT_EFFICIENCY = 0.80
@@ -262,16 +236,13 @@ LAUNCHES = {
 }
 
 
-def table(kernel: str, architecture: int, triton_path: str | None) -> Iterable[str]:
-    """The predictions of a kernel as lines of a Markdown table."""
+def table(kernel: str, architecture: int) -> Iterable[str]:
+    """The predictions of a kernel as lines of a Markdown table; where widths differ, one after another."""
     widths = KERNELS[kernel]
     jobs = [(name, architecture) for name in LAUNCHES if name.startswith(kernel)]
-    reports = compile_launches(__file__, jobs, triton_path)
-    yield (
-        f"| {kernel} | tile | programs an SM | instructions a logit | serial, d = "
-        + " / ".join(map(str, widths))
-        + " | overlapped |"
-    )
+    reports = compile_launches(__file__, jobs)
+    of_widths = " / ".join(map(str, widths))
+    yield f"| {kernel} | tile | programs an SM | instructions a logit | serial, d = {of_widths} | overlapped |"
     yield "|---|---|---|---|---|---|"
     for name in STATISTICS:
         found = []
@@ -283,33 +254,29 @@ def table(kernel: str, architecture: int, triton_path: str | None) -> Iterable[s
             c = report.constants
             found.append((c, predict(report, c["BM"], c["BN"], c["BK"], d_model, architecture)))
 
-        def each(form: Callable, found: list = found) -> str:
-            values = [form(c, p) for c, p in found]
-            return values[0] if len(set(values)) == 1 else " / ".join(values)
-
-        yield (
-            "| "
-            + " | ".join(
+        columns = zip(
+            *(
                 (
-                    name,
-                    each(lambda c, p: f"{c['BM']}x{c['BN']}x{c['BK']}{' flat' if p.flat else ' nested'}"),
-                    each(lambda c, p: str(p.programs)),
-                    each(lambda c, p: f"{p.instructions_per_logit:.1f}"),
-                    each(lambda c, p: f"{p.serial:.2f}"),
-                    each(lambda c, p: f"{p.overlapped:.2f}"),
+                    f"{c['BM']}x{c['BN']}x{c['BK']} {'flat' if p.flat else 'nested'}",
+                    f"{p.programs}",
+                    f"{p.instructions_per_logit:.1f}",
+                    f"{p.serial:.2f}",
+                    f"{p.overlapped:.2f}",
                 )
-            )
-            + " |"
+                for c, p in found
+            ),
+            strict=True,
         )
+        cells = (each[0] if len(set(each)) == 1 else " / ".join(each) for each in columns)
+        yield f"| {' | '.join((name, *cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, default=90, choices=sorted(PROCESSORS))
-    parser.add_argument("--triton", metavar="FOLDER", help="another Triton than the installed one")
     arguments = parser.parse_args()
     for kernel in KERNELS if arguments.architecture == 90 else ["_statistics"]:
-        print(*table(kernel, arguments.architecture, arguments.triton), "", sep="\n")
+        print(*table(kernel, arguments.architecture), "", sep="\n")
 
 
 if __name__ == "__main__":

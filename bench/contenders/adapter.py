@@ -14,7 +14,7 @@ from tuned_lens_fast.engines.interface import STATISTICS, Norm, Translator
 
 #: What a contender returns: tensors named and shaped as an engine's answer.
 Answer = dict[str, Tensor]
-ALL = frozenset({*STATISTICS, "top_k"})
+ALL = frozenset({*STATISTICS, "lse", "top_k"})
 
 
 def always(problem: Problem) -> str | None:

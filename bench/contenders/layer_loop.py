@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from presets import Problem
 from torch import Tensor
 
-from contenders.adapter import Answer, Contender, head_input
+from contenders.adapter import ALL, Answer, Contender, head_input
 from tuned_lens_fast.engines.interface import Head, Norm, Translator
 
 
@@ -120,5 +120,6 @@ def _prepare_compiled(problem: Problem) -> Callable[[], Answer]:
     return loop
 
 
-PLAIN = Contender("loop", "plain PyTorch, one layer at a time", lambda p: _prepare(read_layer, p))
-COMPILED = Contender("compiled", "the loop under torch.compile", _prepare_compiled, unavailable=no_compiler)
+ANSWERS = ALL - {"lse"}
+PLAIN = Contender("loop", "plain PyTorch, one layer at a time", lambda p: _prepare(read_layer, p), ANSWERS)
+COMPILED = Contender("compiled", "the loop under torch.compile", _prepare_compiled, ANSWERS, no_compiler)
