@@ -33,7 +33,7 @@ if [ -n "$ncu" ]; then
     metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
-    timeout 60 "$ncu" --clock-control none --kernel-name regex:_statistics --launch-skip 1 --launch-count 1 --csv \
+    timeout 60 "$ncu" --clock-control none --kernel-name regex:_vocabulary_pass --launch-skip 1 --launch-count 1 --csv \
         --metrics "$metrics" python3 bench/run.py --preset llama-3-8b --layers 4 --positions 1024 --start head \
         --statistics log_prob,rank,entropy,top_10 --contenders triton --rounds 1 >"$scratch/profile.csv" 2>&1 ||
         tail -n 5 "$scratch/profile.csv"

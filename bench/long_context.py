@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tuned_lens_fast import LogitLens, decode_documents
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.engines.statistics import STATISTICS
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.streaming import prepare
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import STATISTICS, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 
 @dataclass(frozen=True)

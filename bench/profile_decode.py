@@ -28,7 +28,8 @@ from presets import BUDGET, PRESETS, Problem, license_ids, problems, question, r
 from record import heading, write
 
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.interface import Engine, Norm
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import Norm
 
 #: Vocabulary beside which translators and norm take nearly all of the time.
 FEW_TOKENS = 256

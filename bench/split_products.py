@@ -16,9 +16,9 @@ from contenders.ours import decode
 from presets import BUDGET, problems, question
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import EagerEngine, Matmul
+from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head
-from tuned_lens_fast.engines.matmuls import FmaMatmul, bf16_parts
+from tuned_lens_fast.engines.matmul import FmaMatmul, Matmul, Packed, bf16_parts
 from tuned_lens_fast.engines.native import has_fma
 
 POSITIONS = 128
@@ -31,13 +31,13 @@ SPLITS = {"one product": (1, 0), "three": (2, 1), "four": (2, 2), "six": (3, 2)}
 class SplitMatmul(Matmul):
     """fp32 as a sum of bf16 parts."""
 
-    def __init__(self, parts: int, most: int, head: Head, hidden: torch.dtype) -> None:
-        super().__init__(head, hidden)
+    def __init__(self, parts: int, most: int, head: Head) -> None:
+        super().__init__(head)
         self.parts, self.most = parts, most
 
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
         left, right = (
-            bf16_parts(each, self.parts)[:, : each.shape[0], : each.shape[1]].float() for each in (x, weight)
+            bf16_parts(each, self.parts)[:, : each.shape[0], : each.shape[1]].float() for each in (x.values, weight)
         )
         pairs = itertools.product(range(self.parts), repeat=2)
         return sum(

@@ -31,13 +31,13 @@ from compiling import PROCESSORS, SHARED_LIMIT, Report, compile_launches, meta
 WIDTHS = (576, 2048, 4096)
 #: Where overlapped.py has room (sm_90).
 FEW_FEATURES = (576, 640, 768)
-#: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_statistics``.
+#: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_pass``.
 STATISTICS: dict[str, dict[str, bool]] = {
     "lse": {},
     "+ entropy": {"entropy": True},
     "+ log_prob, rank": {"entropy": True, "rank": True},
-    "+ top-10 candidates": {"entropy": True, "rank": True, "keys": True},
-    "all, with softcap": {"entropy": True, "rank": True, "keys": True, "softcap": True},
+    "+ top-10 candidates": {"entropy": True, "rank": True, "group_maxima": True},
+    "all, with softcap": {"entropy": True, "rank": True, "group_maxima": True, "softcap": True},
 }
 
 #: A clock and multiprocessor: dense bf16 operations of the matrix units, lane operations of the other pipes.
@@ -212,22 +212,24 @@ def launch(
     def run() -> None:
         import torch
 
+        from tuned_lens_fast.engines.interface import Head
         from tuned_lens_fast.kernels.launch import built_in_tile
         from tuned_lens_fast.kernels.search import overlapped_candidates
-        from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+        from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
-        x, weight = meta(8192, d_model), meta(131_072, d_model)
+        x = meta(8192, d_model)
+        head = Head(meta(131_072, d_model), softcap=30.0 if softcap else None)
         tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
         if overlapped:
             tile = next(overlapped_candidates(d_model))
-        targets = {"targets": meta(8192, dtype="int64"), "target_logits": meta(8192, dtype="float32")} if rank else {}
-        vocabulary_statistics(x, weight, None, 1.0, 30.0 if softcap else None, tile, rank=rank, **targets, **wanted)
+        targets = meta(8192, dtype="float32") if rank else None
+        vocabulary_pass(x, head, tile, target_logits=targets, rank=rank, **wanted)
 
     return run
 
 
 #: Name of a kernel -> the widths it is compiled for.
-KERNELS = {"_statistics": WIDTHS, "_overlapped": FEW_FEATURES}
+KERNELS = {"_vocabulary_pass": WIDTHS, "_overlapped": FEW_FEATURES}
 LAUNCHES = {
     f"{kernel}, {name}, d {d_model}": launch(d_model, overlapped=kernel == "_overlapped", **wanted)
     for kernel, widths in KERNELS.items()
@@ -275,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, default=90, choices=sorted(PROCESSORS))
     arguments = parser.parse_args()
-    for kernel in KERNELS if arguments.architecture == 90 else ["_statistics"]:
+    for kernel in KERNELS if arguments.architecture == 90 else ["_vocabulary_pass"]:
         print(*table(kernel, arguments.architecture), "", sep="\n")
 
 

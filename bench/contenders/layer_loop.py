@@ -18,6 +18,7 @@ from torch import Tensor
 
 from contenders.adapter import ALL, Answer, Contender, head_input
 from tuned_lens_fast.engines.interface import Head, Norm, Translator
+from tuned_lens_fast.engines.statistics import divergences
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _prepare(read: Callable[..., Answer], problem: Problem) -> Callable[[], Answ
     @torch.no_grad()
     def loop() -> Answer:
         reference = None
-        if query.divergences:
+        if divergences(query):
             assert query.reference is not None
             log_p = log_probs(query.reference.to(head.weight.dtype), head)
             p = log_p.exp()

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from contenders.adapter import Answer, Contender
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.eager import EagerEngine, Matmul
-from tuned_lens_fast.engines.interface import Engine
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import Readout
+from tuned_lens_fast.engines.matmul import Matmul
 
 
 def decode(engine: Engine, problem: Problem) -> Answer:
     """What the engine answers to the problem."""
-    return engine.decode(problem.hidden, problem.translators, problem.norm, problem.head, problem.query, problem.budget)
+    readout = Readout(tuple(problem.translators), problem.norm, problem.head)
+    return engine.decode(problem.hidden, readout, problem.query, problem.budget)
 
 
 def own_product(problem: Problem) -> Callable[[Tensor, int], None] | None:
@@ -26,16 +28,14 @@ def own_product(problem: Problem) -> Callable[[Tensor, int], None] | None:
 
     None where it has none of its own and takes PyTorch's.
     """
-    native = ENGINES["native"]
-    assert isinstance(native, EagerEngine)
-    matmul = native.matmul(problem.head, problem.dtype)
+    matmul = ENGINES["native"].matmul(problem.head)
     if type(matmul) is Matmul:
         return None
 
     def multiply(x: Tensor, width: int) -> None:
-        rounded = matmul.round(x)
+        packed = matmul.pack(x)
         for tile in matmul.tiles(width):
-            matmul.multiply(rounded, matmul.weight(tile))
+            matmul.multiply(packed, problem.head.weight[tile])
 
     return multiply
 
