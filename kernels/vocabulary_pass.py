@@ -52,39 +52,14 @@ def _vocabulary_pass(
     target_logits,  # fp32 [R]
     state,  # fp32 [parts, 4, R]
     group_maxima,  # fp32 [R, 2, slots]
-    R,
-    V,
-    groups,
-    first_tile,
-    stop_tile,
-    tiles_per_split,
-    row_blocks,
-    splits,
-    first_split,
-    slots8,
-    place_mask,
-    stride_x,
+    R, V, groups, first_tile, stop_tile, tiles_per_split, row_blocks, splits, first_split, slots8, place_mask, stride_x,
     stride_w,
     bias,  # [V]
-    scale,
-    softcap,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    D: tl.constexpr,
-    BAND: tl.constexpr,
-    MERGED: tl.constexpr,
-    TMA: tl.constexpr,
-    FLAT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    RANK: tl.constexpr,
-    TOP: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, MERGED: tl.constexpr,
+    TMA: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """One part of the state of a block of rows: a program walks its slice of the vocabulary tile by tile."""
     MEMBERS: tl.constexpr = BN // 8
     block, split = program_of(tl.program_id(0), row_blocks, splits, BAND)
@@ -146,13 +121,9 @@ def _merge(
     target_logits,  # fp32 [R]
     state,  # fp32 [5, R]: m, s, t, log s, the target's logit
     r,  # int64 [R]
-    R,
-    splits,
-    BLOCK: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TARGETS: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    R, splits,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, TARGETS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     """The closed state of rows, of the parts that slices of the vocabulary left; see engines/state.py."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < R
