@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
 
@@ -32,12 +33,12 @@ WIDTHS = (576, 2048, 4096)
 #: Where overlapped.py has room (sm_90).
 FEW_FEATURES = (576, 640, 768)
 #: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_pass``.
-STATISTICS: dict[str, dict[str, bool]] = {
+STATISTICS: dict[str, dict[str, Any]] = {
     "lse": {},
-    "+ entropy": {"entropy": True},
-    "+ log_prob, rank": {"entropy": True, "rank": True},
-    "+ top-10 candidates": {"entropy": True, "rank": True, "group_maxima": True},
-    "all, with softcap": {"entropy": True, "rank": True, "group_maxima": True, "softcap": True},
+    "+ entropy": {"running": "t"},
+    "+ log_prob, rank": {"running": "tr"},
+    "+ top-10 candidates": {"running": "tr", "group_maxima": True},
+    "all, with softcap": {"running": "tr", "group_maxima": True, "softcap": True},
 }
 
 #: A clock and multiprocessor: dense bf16 operations of the matrix units, lane operations of the other pipes.
@@ -205,7 +206,7 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
 
 
 def launch(
-    d_model: int, softcap: bool = False, rank: bool = False, overlapped: bool = False, **wanted: bool
+    d_model: int, softcap: bool = False, overlapped: bool = False, running: str = "", **wanted: bool
 ) -> Callable[[], None]:
     """The vocabulary pass over 8,192 rows in bf16, with a vocabulary that leaves no tail."""
 
@@ -222,8 +223,8 @@ def launch(
         tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
         if overlapped:
             tile = next(overlapped_candidates(d_model))
-        targets = meta(8192, dtype="float32") if rank else None
-        vocabulary_pass(x, head, tile, target_logits=targets, rank=rank, **wanted)
+        targets = meta(8192, dtype="float32") if "r" in running else None
+        vocabulary_pass(x, head, tile, target_logits=targets, running=running, **wanted)
 
     return run
 
