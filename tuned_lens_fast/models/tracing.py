@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
@@ -89,19 +90,16 @@ class TracedModel:
         inside = {module for block in self._blocks for module in block.modules()}
         self._outside = [module for module in self._twin.modules() if module not in inside]
         with _undisturbed(model):
-            self._seen = self._observe()
-            stream = stream_of(self._seen.outputs[-1])
+            seen = self._first_pass()
+            stream = stream_of(seen.outputs[-1])
             self.layout = Layout.of(stream, _TOKENS)
             self.width = self.layout.flat(stream).shape[-1]
-            self._random_end = self._check_alone()
-            self.norm, factor = self._before_head(stream, blocks)
+            # All that follows is read off this pass: in a real one, rows of one size hide what a norm does to it.
+            self._random = self._random_pass(seen.outputs)
+            self._check_head()
+            self.norm, factor = self._before_head(blocks)
             self.transform = self._after_head(factor)
-        for name, module in (("final norm", self.norm), ("head", self.head)):
-            if any(p.is_meta for p in module.parameters()):
-                raise NotImplementedError(
-                    f"model: the {name} of {name_of(model)} is offloaded, and a lens reads it all the time; keep it "
-                    f"on a device in device_map"
-                )
+        self._check_on_device("final norm", self.norm)
 
     def verify(self, unembed: Callable[[Tensor], Tensor], head_input: Callable[[Tensor], Tensor]) -> None:
         """Compares a description with the model, at random hidden states in place of the last block's output.
@@ -115,7 +113,7 @@ class TracedModel:
                 of it in fp16, or 6% in bf16; the message says where they part.
         """
         with _undisturbed(self.model):
-            own = self._random_end
+            own = self._random
             rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :]
             ours, x = unembed(rows), head_input(rows)
             wanted = own.logits.reshape(-1, own.logits.shape[-1])
@@ -131,18 +129,16 @@ class TracedModel:
                 ratio = float((x.double() * own_x.double()).sum() / own_x.double().square().sum())
                 proportional = close(x.double() / ratio, own_x) if ratio else False
                 part = f"the factor before its head, by {ratio:.6g}" if proportional else "its final norm"
-            elif not close(self._head(x.to(self.head.weight.dtype)), own.z.reshape(-1, own.z.shape[-1])):
-                part = "its head"
             else:
-                part = "the scale or softcap after its head"
+                part = "its head, or the scale or softcap after it"
             worst = float((ours.double() - wanted.double()).abs().max() / wanted.double().abs().max())
             raise NotImplementedError(
                 f"model: the lens's logits for random hidden states differ from those of {name_of(self.model)} by "
                 f"{worst:.1e} of the largest logit; what differs is {part}"
             )
 
-    def _observe(self) -> _Pass:
-        """The first pass: real, or through blocks that return what they are given, in a form that the model takes."""
+    def _first_pass(self) -> _Pass:
+        """A pass on a few tokens: real, or through blocks that return what they are given, in a form that works."""
         if self._run_blocks:
             try:
                 return self._pass({})
@@ -160,7 +156,7 @@ class TracedModel:
                 return form(first_tensor(args, kwargs))
 
             def last(*args: Any, form: Callable = form, **kwargs: Any) -> Any:
-                return form(self._random(first_tensor(args, kwargs), 1))
+                return form(_random_like(first_tensor(args, kwargs), 1))
 
             try:
                 seen = self._pass({block: entering for block in self._blocks} | {self._blocks[-1]: last})
@@ -174,13 +170,46 @@ class TracedModel:
             f"({problems[0] if problems else 'its head gets another shape'}); leave verify=True"
         )
 
-    def _before_head(self, stream: Tensor, blocks: Sequence[nn.Module]) -> tuple[nn.Module, float]:
-        """What leads from ``stream``, the last block's output, to the head, and the factor behind it."""
-        steps = self._steps(stream)
+    def _random_pass(self, outputs: Sequence[Any]) -> _Pass:
+        """The model's end at random hidden states, if it is a function of them alone: not of what else blocks return,
+        nor of the tokens. ``outputs``: what the blocks returned in another pass."""
+        h = _random_like(stream_of(outputs[-1]), 1)
+        own = self._replay([*outputs[:-1], with_stream(outputs[-1], h)])
+        noise = [mapped(output, lambda part: _random_like(part, 2)) for output in outputs]
+        other = self._replay([*noise[:-1], with_stream(noise[-1], h)], first_token=11)
+        if close(other.logits, own.logits):
+            return own
+        raise NotImplementedError(
+            f"model: the logits of {name_of(self.model)} depend on more than its last block's output, so a layer's "
+            f"hidden state alone does not give them"
+        )
+
+    def _check_head(self) -> None:
+        """Refuse a head that does more than its weight and bias say."""
+        self._check_on_device("head", self.head)
+        x, z = self._random.x, self._random.z
+        weight, bias = self.head.weight, self.head.bias
+        if weight.is_floating_point() and not close(F.linear(x.to(weight.dtype), weight, bias), z):
+            raise NotImplementedError(
+                f"model: the head of {name_of(self.model)}, a {type(self.head).__name__}, gives other logits than its "
+                f"weight and bias"
+            )
+
+    def _check_on_device(self, name: str, module: nn.Module) -> None:
+        if any(p.is_meta for p in module.parameters()):
+            raise NotImplementedError(
+                f"model: the {name} of {name_of(self.model)} is offloaded, and a lens reads it all the time; keep it "
+                f"on a device in device_map"
+            )
+
+    def _before_head(self, blocks: Sequence[nn.Module]) -> tuple[nn.Module, float]:
+        """What leads from the last block's output to the head, and the factor behind it."""
+        output = self._random.outputs[-1]
+        steps = self._steps(stream_of(output))
         if steps is None:
-            tail = Tail(self.model, blocks, self.head, self._seen.outputs[-1], self.layout)
+            tail = Tail(self.model, blocks, self.head, output, self.layout)
             try:
-                alias(tail, own_buffers=True)(self.layout.flat(stream)[0, -1:])
+                alias(tail, own_buffers=True)(self.layout.flat(stream_of(output))[0, -1:])
             except Exception as error:
                 raise NotImplementedError(
                     f"model: the end of {name_of(self.model)} is no chain of modules, and does not run by itself "
@@ -195,21 +224,6 @@ class TracedModel:
         if len(modules) == 1 and factors[0] == 1.0 and self.layout.streams is None:
             return originals[0], factor
         return Chain(originals, factors[:-1], self.layout), factor
-
-    def _check_alone(self) -> _Pass:
-        """The model's end at random hidden states, if it is a function of them alone: not of what else blocks return,
-        nor of the tokens."""
-        recorded = self._seen.outputs
-        h = self._random(stream_of(recorded[-1]), 1)
-        own = self._replay([*recorded[:-1], with_stream(recorded[-1], h)])
-        noise = [mapped(output, lambda part: self._random(part, 2)) for output in recorded]
-        other = self._replay([*noise[:-1], with_stream(noise[-1], h)], first_token=11)
-        if close(other.logits, own.logits):
-            return own
-        raise NotImplementedError(
-            f"model: the logits of {name_of(self.model)} depend on more than its last block's output, so a layer's "
-            f"hidden state alone does not give them"
-        )
 
     def _replay(
         self, outputs: Sequence[Any], also: dict[nn.Module, Callable] | None = None, first_token: int = 3
@@ -265,27 +279,15 @@ class TracedModel:
             raise NotImplementedError(f"model: {name_of(self.model)} does not call its blocks {unseen}")
         return _Pass([outputs[block] for block in self._blocks], calls, *at_head[0], logits)
 
-    def _random(self, like: Tensor | None, seed: int) -> Any:
-        """Random values in the place of what a block returned, drawn without touching anybody's generator."""
-        if not isinstance(like, Tensor) or not like.is_floating_point():
-            return like
-        values = torch.randn(
-            like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
-        )
-        if like.ndim >= 3:  # positions, but for the prompt that some models put before
-            at = next((i for i in range(1, like.ndim) if like.shape[i] >= _TOKENS), 1)
-            scales = torch.tensor(_ROW_SCALES, device="cpu").repeat(-(-like.shape[at] // _TOKENS))[: like.shape[at]]
-            values *= scales.view([-1 if i == at else 1 for i in range(like.ndim)])
-        return values.to(like)
-
     def _steps(self, stream: Tensor) -> tuple[list[nn.Module], list[float]] | None:
         """The modules that lead from ``stream`` to the head and the factor before each and at the end; None if none."""
-        calls = self._seen.calls
+        calls = self._random.calls
 
         def back(target: Tensor, before: int) -> tuple[list[nn.Module], list[float]] | None:
-            factor = _related(stream, target)
-            if factor is not None:
-                return [], [factor]
+            if self.layout.streams is None or target.shape == stream.shape:
+                factor = _related(stream, target)
+                if factor is not None:
+                    return [], [factor]
             for i, call in enumerate(calls[:before]):
                 factor = _related(call.returned, target)
                 if factor is None or _related(call.given, call.returned) == 1.0:
@@ -295,20 +297,19 @@ class TracedModel:
                     return [*found[0], call.module], [*found[1], factor]
             return None
 
-        return back(self._seen.x, len(calls))
+        return back(self._random.x, len(calls))
 
     def _factor(self, last: nn.Module) -> float:
         """What the output of ``last`` is multiplied by before the head, free of the rounding of the model's dtype."""
-        returned = next(call.returned for call in self._seen.calls if call.module is last)
+        returned = next(call.returned for call in self._random.calls if call.module is last)
         probe = torch.linspace(1, 2, returned.numel(), dtype=torch.float64, device=returned.device).view(returned.shape)
-        x = self._replay(
-            self._seen.outputs, {last: lambda *_, **__: probe, self._head: lambda _: self._seen.z}
-        ).x.double()
+        forwards = {last: lambda *_, **__: probe, self._head: lambda _: self._random.z}
+        x = self._replay(self._random.outputs, forwards).x.double()
         return float(x.reshape(-1)[-1] / probe.reshape(-1)[-1])
 
     def _after_head(self, factor: float) -> LogitTransform:
         """Scale, softcap and cut, from what becomes of chosen values in the place of what the head returns."""
-        z = self._seen.z
+        z = self._random.z
         generator = torch.Generator().manual_seed(0)
         largest = 14 if z.dtype == torch.float16 else 30
         sizes = torch.logspace(-6, largest, z.numel(), base=2, dtype=torch.float64, device="cpu")
@@ -316,7 +317,7 @@ class TracedModel:
         # Shuffled, so that no two tokens get the same: a cut elsewhere than at the end would be seen.
         values = (sizes * signs)[torch.randperm(len(sizes), generator=generator, device="cpu")].view(z.shape)
         probe = values.to(z.device)
-        logits = self._replay(self._seen.outputs, {self._head: lambda _: probe}).logits
+        logits = self._replay(self._random.outputs, {self._head: lambda _: probe}).logits
         tolerance = max(1e-5, 8 * torch.finfo(logits.dtype).eps)
         found = logits.double().cpu()
         vocab = found.shape[-1]
@@ -402,22 +403,35 @@ def linear_head(model: Any) -> nn.Linear:
     return head
 
 
+def _random_like(like: Tensor | None, seed: int) -> Any:
+    """Random values in the place of what a block returned, drawn without touching anybody's generator."""
+    if not isinstance(like, Tensor) or not like.is_floating_point():
+        return like
+    values = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+    if like.ndim >= 3:  # positions, but for the prompt that some models put before
+        at = next((i for i in range(1, like.ndim) if like.shape[i] >= _TOKENS), 1)
+        scales = torch.tensor(_ROW_SCALES, device="cpu").repeat(-(-like.shape[at] // _TOKENS))[: like.shape[at]]
+        values *= scales.view([-1 if i == at else 1 for i in range(like.ndim)])
+    return values.to(like)
+
+
 def _related(source: Tensor, target: Tensor) -> float | None:
-    """The factor from ``source`` to ``target``, or to its first or last positions; None where they are others."""
+    """The factor from ``source`` to ``target``, or from its last positions; None where they are others."""
     if source.shape[-1:] != target.shape[-1:] or not target.numel():
         return None
     wanted = target.reshape(-1, target.shape[-1])
-    rows = source.reshape(-1, source.shape[-1])
-    for start in {0, len(rows) - len(wanted)} if len(rows) >= len(wanted) else ():
-        part = rows[start : start + len(wanted)]
-        if torch.equal(part, wanted):
-            return 1.0
-        a, b = part.double(), wanted.double()
-        factor = float((a * b).sum() / a.square().sum())
-        tolerance = 4 * max(torch.finfo(source.dtype).eps, torch.finfo(target.dtype).eps)
-        if factor and ((b - factor * a).abs() <= tolerance * b.abs().amax(-1, keepdim=True)).all():
-            return factor
-    return None
+    rows = source.reshape(-1, source.shape[-1])[-len(wanted) :]
+    if rows.shape != wanted.shape:
+        return None
+    if torch.equal(rows, wanted):
+        return 1.0
+    if len(wanted) == 1:
+        return None  # one row is proportional to its norm too
+    a, b = rows.double(), wanted.double()
+    factor = float((a * b).sum() / a.square().sum())
+    kinds = [torch.finfo(source.dtype), torch.finfo(target.dtype)]
+    rounding = 2 * max(kind.eps for kind in kinds) * b.abs().clamp(min=max(kind.tiny for kind in kinds))
+    return factor if factor and ((b - factor * a).abs() <= rounding).all() else None
 
 
 def close(found: Tensor, wanted: Tensor) -> bool:
