@@ -68,8 +68,8 @@ class Tail(nn.Module):
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], head: nn.Module, output: Any, layout: Layout):
         """``output``: what the last block returned."""
         super().__init__()
-        twins: dict[nn.Module, nn.Module] = {}
-        self.model = alias(model, twins).eval()
+        self.model = alias(model).eval()
+        twins = dict(zip(model.modules(), self.model.modules(), strict=True))
         self.layout = layout
         self.vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._given = _Given()

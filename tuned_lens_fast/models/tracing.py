@@ -82,8 +82,8 @@ class TracedModel:
         blocks = list(find_blocks(model)[1])
         self.num_blocks = len(blocks)
         _check_loaded(model, blocks, run_blocks)
-        twins: dict[nn.Module, nn.Module] = {}
-        self._twin = alias(model, twins, own_buffers=True).eval()
+        self._twin = alias(model, own_buffers=True).eval()
+        twins = dict(zip(model.modules(), self._twin.modules(), strict=True))
         self._originals = {twin: original for original, twin in twins.items()}
         self._blocks = [twins[block] for block in blocks]
         self._head = twins[self.head]
@@ -469,8 +469,8 @@ def _outermost_lists(
 
 def _called_last(model: Any, lists: dict[str, nn.ModuleList]) -> str | None:
     """The path of the list whose module returns last in a run on a few tokens."""
-    twins: dict[nn.Module, nn.Module] = {}
-    twin = alias(model, twins, own_buffers=True).eval()
+    twin = alias(model, own_buffers=True).eval()
+    twins = dict(zip(model.modules(), twin.modules(), strict=True))
     last: list[str] = []
     for path, modules in lists.items():
         for module in modules:
