@@ -20,7 +20,7 @@ from tuned_lens_fast.models.chunked_pass import cannot_continue, reads_padding
 from tuned_lens_fast.models.model_end import Chain, Tail, model_inputs, name_of, stream_of, with_stream
 
 #: The version that docs/models.md is of.
-TRANSFORMERS = "5.23"
+TRANSFORMERS = "5.24"
 
 _HEAD = """# Models
 
