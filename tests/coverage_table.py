@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from tuned_lens_fast import Unembed, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.block_output import stream_of, with_stream
 from tuned_lens_fast.models.chunked_pass import cannot_continue, reads_padding
-from tuned_lens_fast.models.model_end import Chain, Tail, model_inputs, name_of, stream_of, with_stream
+from tuned_lens_fast.models.forward_pass import model_inputs, name_of
+from tuned_lens_fast.models.model_end import Chain, Tail
 
 #: The version that docs/models.md is of.
 TRANSFORMERS = "5.24"

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.tracing import TracedModel, close
+from tuned_lens_fast.models.comparison import close
+from tuned_lens_fast.models.tracing import TracedModel
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 

@@ -8,8 +8,7 @@ block's output to take apart, and to compare a description with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,22 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
-from tuned_lens_fast.models.model_end import (
-    Chain,
-    Layout,
-    Tail,
-    first_tensor,
-    mapped,
-    model_inputs,
-    name_of,
-    stream_of,
-    with_stream,
-)
-
-#: Tokens that are run. More than one, so that positions and batch can be told apart in a shape.
-_TOKENS = 4
-#: What the tokens' rows are multiplied by: an eps matters in small ones, its absence in large ones.
-_ROW_SCALES = (1.0, 30.0, 3e-3, 1.0)
+from tuned_lens_fast.models.block_output import Layout, first_tensor, mapped, stream_of, with_stream
+from tuned_lens_fast.models.blocks import find_blocks, linear_head
+from tuned_lens_fast.models.comparison import close, constant_factor, random_like, relative_error
+from tuned_lens_fast.models.forward_pass import TRIAL_TOKENS, model_inputs, name_of, trial_ids, undisturbed
+from tuned_lens_fast.models.model_end import Chain, Tail
 
 
 @dataclass(frozen=True)
@@ -89,10 +77,10 @@ class TracedModel:
         self._head = twins[self.head]
         inside = {module for block in self._blocks for module in block.modules()}
         self._outside = [module for module in self._twin.modules() if module not in inside]
-        with _undisturbed(model):
+        with undisturbed(model):
             seen = self._first_pass()
             stream = stream_of(seen.outputs[-1])
-            self.layout = Layout.of(stream, _TOKENS)
+            self.layout = Layout.of(stream, TRIAL_TOKENS)
             self.width = self.layout.flat(stream).shape[-1]
             # All that follows is read off this pass: in a real one, rows of one size hide what a norm does to it.
             self._random = self._random_pass(seen.outputs)
@@ -112,7 +100,7 @@ class TracedModel:
             NotImplementedError: in some row they differ by more than 1e-4 of its largest logit in fp32 and fp64, 0.8%
                 of it in fp16, or 6% in bf16; the message says where they part.
         """
-        with _undisturbed(self.model):
+        with undisturbed(self.model):
             own = self._random
             rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :]
             ours, x = unembed(rows), head_input(rows)
@@ -131,10 +119,9 @@ class TracedModel:
                 part = f"the factor before its head, by {ratio:.6g}" if proportional else "its final norm"
             else:
                 part = "its head, or the scale or softcap after it"
-            worst = float((ours.double() - wanted.double()).abs().max() / wanted.double().abs().max())
             raise NotImplementedError(
                 f"model: the lens's logits for random hidden states differ from those of {name_of(self.model)} by "
-                f"{worst:.1e} of the largest logit; what differs is {part}"
+                f"{relative_error(ours, wanted):.1e} of the largest logit; what differs is {part}"
             )
 
     def _first_pass(self) -> _Pass:
@@ -146,8 +133,8 @@ class TracedModel:
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"model: {name_of(self.model)} does not run on {_TOKENS} tokens ({type(error).__name__}: {error}); "
-                    f"where only its blocks do not, pass verify=False"
+                    f"model: {name_of(self.model)} does not run on {TRIAL_TOKENS} tokens "
+                    f"({type(error).__name__}: {error}); where only its blocks do not, pass verify=False"
                 ) from error
         problems = []
         for form in (lambda h: h, lambda h: (h,), lambda h: (h, None), lambda h: (h, None, None)):
@@ -156,14 +143,14 @@ class TracedModel:
                 return form(first_tensor(args, kwargs))
 
             def last(*args: Any, form: Callable = form, **kwargs: Any) -> Any:
-                return form(_random_like(first_tensor(args, kwargs), 1))
+                return form(random_like(first_tensor(args, kwargs), 1))
 
             try:
                 seen = self._pass({block: entering for block in self._blocks} | {self._blocks[-1]: last})
             except Exception as error:
                 problems.append(f"{type(error).__name__}: {error}")
                 continue
-            if seen.x.shape[:-1] == (1, _TOKENS):
+            if seen.x.shape[:-1] == (1, TRIAL_TOKENS):
                 return seen
         raise NotImplementedError(
             f"model: {name_of(self.model)} does not run when its blocks return what they are given "
@@ -173,9 +160,9 @@ class TracedModel:
     def _random_pass(self, outputs: Sequence[Any]) -> _Pass:
         """The model's end at random hidden states, if it is a function of them alone: not of what else blocks return,
         nor of the tokens. ``outputs``: what the blocks returned in another pass."""
-        h = _random_like(stream_of(outputs[-1]), 1)
+        h = random_like(stream_of(outputs[-1]), 1)
         own = self._replay([*outputs[:-1], with_stream(outputs[-1], h)])
-        noise = [mapped(output, lambda part: _random_like(part, 2)) for output in outputs]
+        noise = [mapped(output, lambda part: random_like(part, 2)) for output in outputs]
         other = self._replay([*noise[:-1], with_stream(noise[-1], h)], first_token=11)
         if close(other.logits, own.logits):
             return own
@@ -260,10 +247,8 @@ class TracedModel:
         own = {module: vars(module).get("forward") for module in forwards}
         for module, forward in forwards.items():
             vars(module)["forward"] = forward
-        embedding = self._twin.get_input_embeddings().weight
-        ids = torch.arange(first_token, first_token + _TOKENS, device="cpu" if embedding.is_meta else embedding.device)
         try:
-            logits = self._twin(**model_inputs(self._twin, ids[None] % len(embedding)))
+            logits = self._twin(**model_inputs(self._twin, trial_ids(self._twin, first_token)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -285,12 +270,12 @@ class TracedModel:
 
         def back(target: Tensor, before: int) -> tuple[list[nn.Module], list[float]] | None:
             if self.layout.streams is None or target.shape == stream.shape:
-                factor = _related(stream, target)
+                factor = constant_factor(stream, target)
                 if factor is not None:
                     return [], [factor]
             for i, call in enumerate(calls[:before]):
-                factor = _related(call.returned, target)
-                if factor is None or _related(call.given, call.returned) == 1.0:
+                factor = constant_factor(call.returned, target)
+                if factor is None or constant_factor(call.given, call.returned) == 1.0:
                     continue
                 found = back(call.given, i)
                 if found is not None:
@@ -341,145 +326,6 @@ class TracedModel:
             f"model: {name_of(self.model)} changes its logits after the head by more than a scale, a softcap and a cut "
             f"of the vocabulary's end"
         )
-
-
-def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of the model's blocks and its path: the list with as many modules as the text model's config says it
-    has layers, outside of parts with configs of their own, such as a vision tower.
-
-    Where there is none, the model is run on a few tokens: the list whose module is called last.
-
-    Raises:
-        ValueError: ``model`` has no config.
-        NotImplementedError: no list of blocks.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(
-            f"model: {type(model).__name__} has no config; wanted a transformers causal LM, or its parts in "
-            f"Unembed.from_modules(norm, head)"
-        )
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None)
-
-    def of_the_text(module: nn.Module) -> bool:
-        own = getattr(module, "config", config)
-        return own is config or own is text
-
-    lists = dict(_outermost_lists(model, of_the_text))
-    found = {path: blocks for path, blocks in lists.items() if len(blocks) == layers}
-    if found:
-        # As many other modules as layers are smaller ones.
-        path = max(found, key=lambda path: sum(p.numel() for p in found[path].parameters()))
-        return path, found[path]
-    lists = dict(_outermost_lists(model, lambda _: True))
-    if (last := _called_last(model, lists)) is None:
-        raise NotImplementedError(f"model: no list of blocks found in {name_of(model)}")
-    return last, lists[last]
-
-
-def linear_head(model: Any) -> nn.Linear:
-    """The head, a linear layer; the model's own.
-
-    Raises:
-        ValueError: ``model`` has no head, or one that is not linear.
-    """
-    get = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else get()
-    if head is None:
-        raise ValueError(
-            f"model: {type(model).__name__} has no head; load it with AutoModelForCausalLM, or pass its parts to "
-            f"Unembed.from_modules(norm, head)"
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError("model: its head has an adapter, such as LoRA's; merge it first, with merge_and_unload()")
-    if not isinstance(head, nn.Linear):
-        # TransformerLens's bridge puts a module around it.
-        inside = [module for module in head.modules() if isinstance(module, nn.Linear)]
-        head = inside[0] if len(inside) == 1 else head
-    if not isinstance(head, nn.Linear):
-        found = f"{type(head).__module__}.{type(head).__name__}"
-        raise ValueError(f"model: its head is a {found}, wanted an nn.Linear, and not a quantised one")
-    return head
-
-
-def _random_like(like: Tensor | None, seed: int) -> Any:
-    """Random values in the place of what a block returned, drawn without touching anybody's generator."""
-    if not isinstance(like, Tensor) or not like.is_floating_point():
-        return like
-    values = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
-    if like.ndim >= 3:  # positions, but for the prompt that some models put before
-        at = next((i for i in range(1, like.ndim) if like.shape[i] >= _TOKENS), 1)
-        scales = torch.tensor(_ROW_SCALES, device="cpu").repeat(-(-like.shape[at] // _TOKENS))[: like.shape[at]]
-        values *= scales.view([-1 if i == at else 1 for i in range(like.ndim)])
-    return values.to(like)
-
-
-def _related(source: Tensor, target: Tensor) -> float | None:
-    """The factor from ``source`` to ``target``, or from its last positions; None where they are others."""
-    if source.shape[-1:] != target.shape[-1:] or not target.numel():
-        return None
-    wanted = target.reshape(-1, target.shape[-1])
-    rows = source.reshape(-1, source.shape[-1])[-len(wanted) :]
-    if rows.shape != wanted.shape:
-        return None
-    if torch.equal(rows, wanted):
-        return 1.0
-    if len(wanted) == 1:
-        return None  # one row is proportional to its norm too
-    a, b = rows.double(), wanted.double()
-    factor = float((a * b).sum() / a.square().sum())
-    kinds = [torch.finfo(source.dtype), torch.finfo(target.dtype)]
-    rounding = 2 * max(kind.eps for kind in kinds) * b.abs().clamp(min=max(kind.tiny for kind in kinds))
-    return factor if factor and ((b - factor * a).abs() <= rounding).all() else None
-
-
-def close(found: Tensor, wanted: Tensor) -> bool:
-    """Within the tolerance of :meth:`TracedModel.verify`, in every row ``[..., width]``."""
-    found = found.reshape(wanted.shape)
-    error = torch.where(found == wanted, 0, found.double() - wanted.double()).abs()  # also where both are -inf
-    tolerance = max(1e-4, 8 * torch.finfo(wanted.dtype).eps, 8 * torch.finfo(found.dtype).eps)
-    largest = wanted.double().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True)
-    return bool((error <= (tolerance * largest).clamp(min=torch.finfo(wanted.dtype).tiny)).all())
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No graph, no autocast, and random generators left as they were."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([device.index for device in devices]),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-def _outermost_lists(
-    module: nn.Module, enter: Callable[[nn.Module], bool], path: str = ""
-) -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, child in module.named_children():
-        at = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList):
-            yield at, child
-        elif enter(child):
-            yield from _outermost_lists(child, enter, at)
-
-
-def _called_last(model: Any, lists: dict[str, nn.ModuleList]) -> str | None:
-    """The path of the list whose module returns last in a run on a few tokens."""
-    twin = alias(model, own_buffers=True).eval()
-    twins = dict(zip(model.modules(), twin.modules(), strict=True))
-    last: list[str] = []
-    for path, modules in lists.items():
-        for module in modules:
-            twins[module].register_forward_hook(lambda *_, path=path: last.append(path))
-    embedding = twin.get_input_embeddings().weight
-    ids = torch.arange(3, 3 + _TOKENS, device="cpu" if embedding.is_meta else embedding.device) % len(embedding)
-    with _undisturbed(model):
-        twin(**model_inputs(twin, ids))
-    return last[-1] if last else None
 
 
 def _check_loaded(model: nn.Module, blocks: Sequence[nn.Module], run_blocks: bool) -> None:
