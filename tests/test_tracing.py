@@ -186,6 +186,27 @@ def test_what_is_almost_a_factor(end, dtype):
     assert_logits_of_rows(ToyModel(**end).to(dtype))
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"norm": nn.LayerNorm(D_MODEL, eps=1e-2), "before_norm": lambda h: h.mul_(3)},
+        {"norm": nn.LayerNorm(D_MODEL), "before_norm": lambda h: h.tanh_()},
+        {"norm": nn.LayerNorm(D_MODEL), "before_head": lambda x: x.mul_(3)},
+        {"norm": nn.LayerNorm(D_MODEL), "before_head": lambda x: x.relu_()},
+        {"norm": nn.Sequential(nn.Linear(D_MODEL, D_MODEL), nn.ReLU(inplace=True))},
+    ],
+)
+def test_what_is_done_in_place(end, verify):
+    model = ToyModel(**end)
+    h = torch.randn(5, D_MODEL)
+    with torch.no_grad():
+        wanted = model.unembedding(model.before_head(model.last(model.before_norm(h.clone()))))
+    before = h.clone()
+    assert close(Unembed(model, verify=verify)(h), wanted)
+    assert torch.equal(h, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_head_that_gets_one_position(dtype):
     """One row is proportional to its norm."""

@@ -44,7 +44,7 @@ class Tail(nn.Module):
         rows = h.reshape(-1, 1, h.shape[-1])
         # Every row is a text of one token, which does not matter.
         ids = torch.full(rows.shape[:2], min(5, self.vocab - 1), device=h.device)
-        self._given.stream = self.layout.unflat(rows)
+        self._given.stream = self.layout.unflat(rows).clone()  # the model may change it in place
         try:
             self.model(**model_inputs(self.model, ids))
         except _Arrival as arrival:

@@ -9,7 +9,7 @@ block's output to take apart, and to compare a description with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -216,33 +216,41 @@ class TracedModel:
         self, outputs: Sequence[Any], also: dict[nn.Module, Callable] | None = None, first_token: int = 3
     ) -> _Pass:
         """A pass whose blocks return ``outputs``; ``also``: what other modules do instead of their forward."""
-        given = {b: (lambda *_, output=o, **__: output) for b, o in zip(self._blocks, outputs, strict=True)}
-        return self._pass({**given, **(also or {})}, first_token)
+
+        def copied(part: Any) -> Any:
+            return part.clone() if isinstance(part, Tensor) else part  # what follows may be done in place
+
+        given = {b: (lambda *_, o=o, **__: mapped(o, copied)) for b, o in zip(self._blocks, outputs, strict=True)}
+        return replace(self._pass({**given, **(also or {})}, first_token), outputs=list(outputs))
 
     def _pass(self, forwards: dict[nn.Module, Callable], first_token: int = 3) -> _Pass:
         """Run the alias with other forward methods of some of its modules."""
         outputs: dict[nn.Module, Any] = {}
+        given: dict[nn.Module, Tensor | None] = {}
         calls: list[_Call] = []
         at_head: list[tuple[Tensor, Tensor]] = []
 
         def keep_output(block: nn.Module, _: tuple, output: Any) -> None:
             outputs[block] = output
 
-        def keep_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        # Clones, since what modules do and what follows them may be done in place.
+        def keep_given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-            returned = stream_of(output)
-            if len(tensors) == 1 and isinstance(returned, Tensor):
-                calls.append(_Call(module, tensors[0], returned))
+            given[module] = tensors[0].clone() if len(tensors) == 1 else None
+
+        def keep_call(module: nn.Module, _: tuple, output: Any) -> None:
+            before, returned = given[module], stream_of(output)
+            if before is not None and isinstance(returned, Tensor):
+                calls.append(_Call(module, before, returned.clone()))
 
         def keep_head(_: nn.Module, args: tuple, output: Tensor) -> None:
-            at_head.append((args[0], output.clone()))  # what follows may be done in place
+            at_head.append((args[0].clone(), output.clone()))
 
         hooks = [block.register_forward_hook(keep_output) for block in self._blocks]
-        hooks += [
-            module.register_forward_hook(keep_call, with_kwargs=True)
-            for module in self._outside
-            if module is not self._head
-        ]
+        for module in self._outside:
+            if module is not self._head:
+                hooks.append(module.register_forward_pre_hook(keep_given, with_kwargs=True))
+                hooks.append(module.register_forward_hook(keep_call))
         hooks.append(self._head.register_forward_hook(keep_head))
         own = {module: vars(module).get("forward") for module in forwards}
         for module, forward in forwards.items():
@@ -288,7 +296,7 @@ class TracedModel:
         """What the output of ``last`` is multiplied by before the head, free of the rounding of the model's dtype."""
         returned = next(call.returned for call in self._random.calls if call.module is last)
         probe = torch.linspace(1, 2, returned.numel(), dtype=torch.float64, device=returned.device).view(returned.shape)
-        forwards = {last: lambda *_, **__: probe, self._head: lambda _: self._random.z}
+        forwards = {last: lambda *_, **__: probe.clone(), self._head: lambda _: self._random.z}
         x = self._replay(self._random.outputs, forwards).x.double()
         return float(x.reshape(-1)[-1] / probe.reshape(-1)[-1])
 
@@ -302,7 +310,7 @@ class TracedModel:
         # Shuffled, so that no two tokens get the same: a cut elsewhere than at the end would be seen.
         values = (sizes * signs)[torch.randperm(len(sizes), generator=generator, device="cpu")].view(z.shape)
         probe = values.to(z.device)
-        logits = self._replay(self._random.outputs, {self._head: lambda _: probe}).logits
+        logits = self._replay(self._random.outputs, {self._head: lambda _: probe.clone()}).logits
         tolerance = max(1e-5, 8 * torch.finfo(logits.dtype).eps)
         found = logits.double().cpu()
         vocab = found.shape[-1]
