@@ -30,7 +30,7 @@ from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
-from tuned_lens_fast.models.model_end import model_inputs
+from tuned_lens_fast.models.forward_pass import model_inputs
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
 from tuned_lens_fast.nn.unembed import Unembed, check_hidden
