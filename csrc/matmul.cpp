@@ -80,11 +80,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <typename Weight>
+TileOfWeights<Weight> tile_of(const Tensor& weight, Tensor& z) {
+  return {z.size(0), static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), z.size(1), weight.size(1),
+          z.mutable_data_ptr<float>(), z.stride(0)};
+}
+
+template <typename Weight>
 void run(const Tensor& x, const Tensor& weight, int64_t most, Tensor& z) {
   const AmxOperands<Weight> operands{
-      static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0),     x.stride(1), x.size(0), most, z.size(0),
-      static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), z.size(1), weight.size(1),
-      z.mutable_data_ptr<float>(), z.stride(0)};
+      tile_of<Weight>(weight, z), static_cast<const uint16_t*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.size(0),
+      most};
   torch::stable::parallel_for(0, (z.size(1) + 31) / 32, 1, [&](int64_t begin, int64_t end) {
     amx::matmul(operands, begin, end);
   });
@@ -111,15 +116,14 @@ void amx_matmul(Tensor x, Tensor weight, int64_t most, Tensor z) {
 
 template <typename Weight>
 void run(const Tensor& x, const Tensor& weight, Tensor& z) {
-  const int64_t rows = z.size(0), width = z.size(1), panels = (width + 15) / 16, packs = x.size(0);
+  const int64_t panels = (z.size(1) + 15) / 16, packs = x.size(0);
   // Threads share the tokens; where there are more of them than panels of W, the rows as well.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t wanted = panels ? (threads + panels - 1) / panels : 1;
   const int64_t groups = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, packs));
   const int64_t each = (packs + groups - 1) / groups;
   const FmaOperands<Weight> operands{
-      x.const_data_ptr<float>(), rows, static_cast<const Weight*>(weight.const_data_ptr()), weight.stride(0), width,
-      weight.size(1), z.mutable_data_ptr<float>(), z.stride(0), each * kPackedRows};
+      tile_of<Weight>(weight, z), x.const_data_ptr<float>(), each * kPackedRows};
   const int64_t shares = each ? (packs + each - 1) / each * panels : 0;
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) { fma::matmul(operands, begin, end); });
 }

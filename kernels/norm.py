@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 @triton.jit(do_not_specialize=["rows"])
 def _normalize(
-    r, weight, bias, x, rows, stride_r, stride_x, eps, factor,
+    r,  # [rows, D]
+    weight,  # [D] or None
+    bias,  # [D] or None
+    x,  # [rows, D]
+    rows, stride_r, stride_x, eps, factor,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     NORM: tl.constexpr, CENTRE: tl.constexpr, UNIT_OFFSET: tl.constexpr,
 ):  # fmt: skip
+    """ROWS whole rows of x = factor * norm(r), a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < D)[None, :]

@@ -10,12 +10,12 @@ operations of a decode, 3% for an 8B model, so that faster loads could save less
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from tuned_lens_fast.kernels.launch import Precision
 
 #: Row blocks that run side by side before the next column block: they share a slice of A in L2.
 GROUP = tl.constexpr(8)
@@ -23,9 +23,14 @@ GROUP = tl.constexpr(8)
 
 @triton.jit(do_not_specialize=["rows"])
 def _translate(
-    h, weight, bias, r, rows, stride_h, stride_weight, stride_r,
+    h,  # [rows, D]
+    weight,  # [D, D]
+    bias,  # [D] or None
+    r,  # fp32 [rows, D]
+    rows, stride_h, stride_weight, stride_r,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A tile [BM, BN] of r = h + weight h + bias, a program."""
     row_blocks = tl.cdiv(rows, BM)
     band_size = GROUP * tl.cdiv(D, BN)
     pid = tl.program_id(0)
@@ -79,7 +84,7 @@ def translate(
     weight: Tensor,
     bias: Tensor | None = None,
     out: Tensor | None = None,
-    precision: Literal["ieee", "tf32"] = "ieee",
+    precision: Precision = "ieee",
 ) -> Tensor:
     """h + weight h + bias for every row.
 

@@ -71,7 +71,7 @@ extern "C" void amx_matmul(
     int64_t width, int64_t d_model, int64_t w_stride, bool split, float* z, int64_t z_stride) {
   auto run = [&](auto* weight) {
     const AmxOperands<std::remove_cvref_t<decltype(*weight)>> operands{
-        x, x_apart, x_stride, parts, most, rows, weight, w_stride, width, d_model, z, z_stride};
+        {rows, weight, w_stride, width, d_model, z, z_stride}, x, x_apart, x_stride, parts, most};
     const int64_t blocks = (width + 31) / 32;
     matmul(operands, 0, blocks / 2);  // as two threads would
     matmul(operands, blocks / 2, blocks);
