@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -211,6 +212,8 @@ def _decode(
         "transformers": version("transformers"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "memory_budget": prepared.plan.budget,
     }
 
     def batches() -> list[Batch]:
@@ -223,6 +226,17 @@ def _decode(
     # Parts are written while the next chunk runs: on a GPU that takes as long.
     with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
         missing = folder.unfinished()
+        changed = [
+            f"{key} ({folder.begun_with.get(key)} then, {value} now)"
+            for key, value in made_with.items()
+            if folder.begun_with.get(key) != value
+        ]
+        if changed and any(missing):
+            warnings.warn(
+                f"out: the run began with another {', another '.join(changed)}; the last bits of what is decoded now "
+                f"may be other than they would have been",
+                stacklevel=3,
+            )
         todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
         planned = [size for batch in folder.batches for size in _sizes(batch.boundaries)]
         _log.info(
