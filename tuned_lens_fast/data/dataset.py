@@ -227,14 +227,14 @@ def _decode(
     with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
         missing = folder.unfinished()
         changed = [
-            f"{key} ({folder.begun_with.get(key)} then, {value} now)"
+            f"{key} {folder.begun_with.get(key)} then, {value} now"
             for key, value in made_with.items()
             if folder.begun_with.get(key) != value
         ]
         if changed and any(missing):
             warnings.warn(
-                f"out: the run began with another {', another '.join(changed)}; the last bits of what is decoded now "
-                f"may be other than they would have been",
+                f"out: the run began under other conditions ({'; '.join(changed)}), so that the last bits of what is "
+                f"decoded now may differ from an undisturbed run's",
                 stacklevel=3,
             )
         todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
