@@ -334,6 +334,21 @@ def test_made_up_manifests(data, whole, tmp_path_factory, out):
         assert re.match("(out|run): ", error)
 
 
+def test_what_differs_is_said_in_short(tiny, out, whole):
+    """However much of it there is."""
+    identity = {"layers": [*range(1000)], "x" * 1000: 1, "stats": ["kl"] * 99, "top_k": "k" * 999, "engine": None}
+    (out / "_run.json").write_text(signed(manifest_of(whole) | {"identity": identity}))
+    with pytest.raises(ValueError, match=r"holds a run with another model, .* here\); name another folder") as caught:
+        forked_runs.decode(*tiny, out)
+    assert len(str(caught.value)) < 500
+    with (
+        pytest.raises(ValueError, match=r"another x{39}… .*, another layers .*, another stats") as caught,
+        parts.run_folder(out, {"x" * 1000: 2}, {}, {}, list),
+    ):
+        pass
+    assert len(str(caught.value)) < 500
+
+
 def test_a_part_of_another_run_is_refused(tiny, out, tmp_path):
     other = forked_runs.decode(*tiny, tmp_path / "other", top_k=1)
     sorted(out.glob("*.parquet"))[2].unlink()

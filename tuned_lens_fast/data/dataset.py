@@ -60,7 +60,9 @@ def decode_documents(
 
     Documents of like length run together, padded on the right and never cut; one that does not fit the memory budget
     runs alone, in chunks. Each part of the folder is whole or not there, and the same call resumes what an interrupt, a
-    full disk or a kill left: finished parts are kept, and the rows end up as those of an undisturbed run.
+    full disk or a kill left: finished parts are compared with their checksums and kept, damaged ones are written anew,
+    with a warning. The rows end up as those of an undisturbed run, bit for bit with the same machine, versions, number
+    of threads and memory budget; a run that goes on with others warns.
 
     Args:
         model, lens, layers, top_k, watch, stats, engine, memory_budget: as for :func:`decode_model`. A resumed run

@@ -395,10 +395,11 @@ def _check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, An
             for name, value in ((manifest["names"].get(key), there.get(key)), (names.get(key), here.get(key)))
         )
         is_hash = isinstance(old, str) and re.fullmatch("[0-9a-f]{64}", old)
-        differ.append(key if old == new or is_hash else f"{key} ({_short(old)} there, {_short(new)} here)")
+        what = "" if old == new or is_hash else f" ({_short(old)} there, {_short(new)} here)"
+        differ.append(_short(key) + what)
     if differ:
         raise ValueError(
-            f"out: {path} holds a run with another {', another '.join(differ[:4])}; name another folder, or delete "
+            f"out: {path} holds a run with another {', another '.join(differ[:3])}; name another folder, or delete "
             f"that one"
         )
 
