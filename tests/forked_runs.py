@@ -1,13 +1,12 @@
-"""A server of runs to kill: it has imported everything and made a tiny model, so that a run starts as fast as a fork.
+"""The run that is killed, damaged and resumed, of a tiny model; and a process for it.
 
-Reads lines of JSON, ``{"out": folder}``, and for each answers with a child's process id on one line
-and, when the child has ended, with its wait status on the next. The child decodes ``documents()`` into the folder.
-Run it as ``python forked_runs.py``.
+``python forked_runs.py --out FOLDER`` decodes ``documents()`` into the folder; with ``--folder FOLDER --kills 5
+--damages 12`` it is the campaign of bench/kill_resume.py.
 """
 
-import json
-import os
+import argparse
 import sys
+from pathlib import Path
 
 import tiny_text_model
 import torch
@@ -29,22 +28,23 @@ def decode(model, tokenizer, out, **changes):
 
 
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--folder", type=Path, help="for the campaign's runs")
+    parser.add_argument("--kills", type=int)
+    parser.add_argument("--damages", type=int)
+    parser.add_argument("--engine", default="auto")
+    args = parser.parse_args()
     torch.set_num_threads(1)  # a fork has no other threads to wait for
-    model, tokenizer = tiny_text_model.make()
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                decode(model, tokenizer, json.loads(line)["out"])
-                code = 0
-            except KeyboardInterrupt:
-                code = 130
-            finally:
-                os._exit(code)
-        print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+    tiny = tiny_text_model.make()
+    if args.out is not None:
+        decode(*tiny, args.out)
+        return 0
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    from kill_resume import campaign
+
+    return campaign(lambda out: decode(*tiny, out, engine=args.engine), args.folder, args.kills, args.damages)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+#: Bytes of a file's name at most, on nearly all file systems.
+_LONGEST_NAME = 255
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -16,7 +19,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     a folder look for.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    name, mark = path.name, f".{os.getpid()}"
+    while len(os.fsencode(f".{name}{mark}")) > _LONGEST_NAME:
+        name = name[:-1]
+    aside = path.with_name(f".{name}{mark}")
     try:
         yield aside
         # Without this a loss of power may keep the new name and lose what it names.

@@ -36,7 +36,7 @@ from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.data.dataset import decode_documents
 from tuned_lens_fast.data.jsonl import Document, read_jsonl
-from tuned_lens_fast.data.parts import MANIFEST
+from tuned_lens_fast.data.parts import MANIFEST, check_run
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
 from tuned_lens_fast.engines.statistics import STATISTICS
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         with _quiet_libraries(args.debug):
-            args.run(args)
+            code: int | None = args.run(args)
     except KeyboardInterrupt:
         resumes = args.run is _decode and _is_folder(args.out) and (args.out / MANIFEST).exists()
         print(f"tuned-lens-fast: interrupted{'; the same command resumes' if resumes else ''}", file=sys.stderr)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"tuned-lens-fast: error: {message}", file=sys.stderr)
         return 1
-    return 0
+    return code or 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
             help="of the model's weights (default: as they are stored; float32 for GGUF)",
         )
         command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+
+    check = commands.add_parser("check", help="say whether a run, written by decode --out, is complete and undamaged")
+    check.set_defaults(run=_check)
+    check.add_argument("folder", type=Path, metavar="RUN", help="the folder")
+
+    for command in (decode, info, check):
         command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     return parser
 
@@ -203,6 +209,12 @@ def _stats(text: str) -> list[str]:
         if name not in STATISTICS:
             raise argparse.ArgumentTypeError(f"got {name!r}, wanted names out of {', '.join(STATISTICS)}")
     return names
+
+
+def _check(args: argparse.Namespace) -> int:
+    state = check_run(args.folder)
+    print(state)
+    return 0 if state.complete else 1
 
 
 def _is_folder(out: Path | None) -> bool:

@@ -2,3 +2,7 @@
 
 This is the far end of the way from hidden state to statistics.
 """
+
+from tuned_lens_fast.data.parts import load_run
+
+__all__ = ["load_run"]

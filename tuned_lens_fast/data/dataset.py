@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -58,7 +59,9 @@ def decode_documents(
 
     Documents of like length run together, padded on the right and never cut; one that does not fit the memory budget
     runs alone, in chunks. Each part of the folder is whole or not there, and the same call resumes what an interrupt, a
-    full disk or a kill left: finished parts are kept, and the rows end up as those of an undisturbed run.
+    full disk or a kill left: finished parts are compared with their checksums and kept, damaged ones are written anew,
+    with a warning. The rows end up as those of an undisturbed run, bit for bit with the same machine, versions, number
+    of threads and memory budget; a run that goes on with others warns.
 
     Args:
         model, lens, layers, top_k, watch, stats, engine, memory_budget: as for :func:`decode_model`. A resumed run
@@ -210,6 +213,8 @@ def _decode(
         "transformers": version("transformers"),
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "memory_budget": prepared.plan.budget,
     }
 
     def batches() -> list[Batch]:
@@ -222,6 +227,17 @@ def _decode(
     # Parts are written while the next chunk runs: on a GPU that takes as long.
     with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
         missing = folder.unfinished()
+        changed = [
+            f"{key} {folder.begun_with.get(key)} then, {value} now"
+            for key, value in made_with.items()
+            if folder.begun_with.get(key) != value
+        ]
+        if changed and any(missing):
+            warnings.warn(
+                f"out: the run began under other conditions ({'; '.join(changed)}), so that the last bits of what is "
+                f"decoded now may differ from an undisturbed run's",
+                stacklevel=3,
+            )
         todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
         planned = [size for batch in folder.batches for size in _sizes(batch.boundaries)]
         _log.info(
