@@ -1,0 +1,38 @@
+"""What others wrote, as messages repeat it: names, ids, keys and whole errors, cut to what a person reads.
+
+It stands beside the way from hidden state to statistics, where bad input is told of.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection
+from itertools import islice
+
+#: Bounds what is looked at; :func:`quoted` then cuts what is left.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+_REPR.maxlevel = 2
+
+
+def quoted(value: object) -> str:
+    """``repr(value)``, at most 80 characters of it, however long, large or deep ``value`` is."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}"
+
+
+def listed(values: Collection[object], most: int = 4) -> str:
+    """The first ``most`` of ``values``, each quoted, and how many more there are; "nothing" for none."""
+    more = f" and {len(values) - most:,} more" if len(values) > most else ""
+    return ", ".join(map(quoted, islice(values, most))) + more or "nothing"
+
+
+def shortened(text: object, most: int = 300) -> str:
+    """``text`` on one line, with "…" in place of what is behind its first ``most`` characters.
+
+    Control characters, and those that turn a line's direction, are written as escapes.
+    """
+    whole = str(text)
+    line = " ".join(whole[: 4 * most].split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= most and len(whole) <= 4 * most else line[:most] + "…"
