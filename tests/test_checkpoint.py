@@ -174,7 +174,7 @@ REPEATED = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\x00J\x00\xc
 def test_pickles_that_want_more_than_tensors(tmp_path, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = pickled(tmp_path / "x.pt", b"\x80\x02" + data)
-    refused_in_little(path, 300 * MIB)
+    refused_in_little(path, 128 * MIB)
 
 
 def test_a_far_place_in_the_memo_takes_no_memory(tmp_path):

@@ -11,14 +11,14 @@ from itertools import islice
 
 #: Bounds what is looked at; :func:`quoted` then cuts what is left.
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 60
+_REPR.maxstring = _REPR.maxother = 50
 _REPR.maxlevel = 2
 
 
 def quoted(value: object) -> str:
-    """``repr(value)``, at most 80 characters of it, however long, large or deep ``value`` is."""
+    """``repr(value)``, at most 60 characters of it, however long, large or deep ``value`` is."""
     text = _REPR.repr(value)
-    return text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}"
+    return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
 
 
 def listed(values: Collection[object], most: int = 4) -> str:
