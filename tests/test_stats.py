@@ -146,9 +146,9 @@ def test_files_that_are_not_ours(tmp_path):
     save_file({"lse": torch.zeros(2), "layers": torch.zeros(2), "__class__": torch.zeros(1)}, path, metadata=OURS)
     with pytest.raises(ValueError, match="__class__"):
         LensStats.load(path)
-    names = {f"{'x' * 1000}{i}": torch.zeros(1) for i in range(900)}
+    names = {f"{'x' * 1000}{i}": torch.zeros(1) for i in range(500)}
     save_file(names, path, metadata={"format": "y" * 10**5})
-    with pytest.raises(ValueError, match="and 896 more, wanted") as caught:
+    with pytest.raises(ValueError, match="and 496 more, wanted") as caught:
         LensStats.load(path)
     assert len(str(caught.value)) < 500
 

@@ -263,7 +263,7 @@ class _Description(pickle._Unpickler):
         self.stack.pop()
 
     #: Those that ``torch.save`` writes; what an OrderedDict has for attributes is of no use here.
-    dispatch: ClassVar[dict[int, Callable[..., None]]] = {  # type: ignore[assignment,misc]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
         **{
             code[0]: pickle._Unpickler.dispatch[code[0]]
             for code in (

@@ -5,9 +5,11 @@ It stands beside the way from hidden state to statistics, where bad input is tol
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Collection
 from itertools import islice
+from typing import Any
 
 #: Bounds what is looked at; :func:`quoted` then cuts what is left.
 _REPR = reprlib.Repr()
@@ -36,3 +38,9 @@ def shortened(text: object, most: int = 300) -> str:
     line = " ".join(whole[: 4 * most].split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return line if len(line) <= most and len(whole) <= 4 * most else line[:most] + "…"
+
+
+def json_text(value: Any) -> str:
+    """``value`` as JSON on one line; what is not seen where it is printed, in strings, is escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
