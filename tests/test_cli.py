@@ -498,6 +498,21 @@ def test_module_runs(folder):
     assert b"Loading weights" not in done.stderr
 
 
+def test_version_and_help_import_nothing_that_a_decode_may_not_need():
+    script = (
+        "import sys, tuned_lens_fast.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop: print(stop.code)\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    for argv, wanted in ((["--version"], f"tuned-lens-fast {tl.__version__}"), (["--help"], "usage: tuned-lens-fast")):
+        done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True)
+        *said, code, modules = done.stdout.splitlines()
+        assert said[0].startswith(wanted)
+        assert code == "0"
+        assert not {"transformers", "huggingface_hub", "pandas", "pyarrow", "plotly"} & {*modules.split()}
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "problem"),
     [

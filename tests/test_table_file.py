@@ -68,6 +68,17 @@ def test_every_wild_text_alone_and_all_of_them(tmp_path):
         compare([text], tmp_path / "x.csv")
 
 
+def test_the_ways_back_that_the_docs_name(tmp_path):
+    path = tmp_path / "x.csv"
+    texts = [text for text in WILD if "\0" not in text]
+    write_table(path, table(texts))
+    decoded = polars.read_csv(path).with_columns(polars.col("token").str.json_decode(polars.String))
+    assert decoded["token"].to_list() == texts
+    with duckdb.connect() as database:
+        rows = database.sql(f"SELECT token::JSON ->> '$' FROM '{path}'").fetchall()
+    assert [text for (text,) in rows] == texts
+
+
 @settings(max_examples=15, deadline=None)
 @given(texts=TEXTS)
 def test_any_text(texts):

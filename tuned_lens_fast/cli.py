@@ -365,7 +365,7 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {quoted(name)}: {shortened(error)}") from error
+        raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
     return device
 
 
@@ -412,7 +412,7 @@ def _check_folder(name: str) -> None:
     """Refuse what can only be meant as a folder and is none, rather than wait for the hub."""
     is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if is_path and not os.path.isdir(name):
-        raise FileNotFoundError(f"model: there is no folder {quoted(name)}")
+        raise FileNotFoundError(f"model: there is no folder {quoted(name, 150)}")
 
 
 @contextmanager
@@ -423,10 +423,10 @@ def _model_errors(name: str) -> Iterator[None]:
     except Exception as error:
         if "trust_remote_code=True" in str(error):
             raise ValueError(
-                f"model: {quoted(name)} brings Python code of its own, which can do all that you can and is not run "
-                f"unasked; read it first, then pass --trust-remote-code"
+                f"model: {quoted(name, 150)} brings Python code of its own, which can do all that you can and is not "
+                f"run unasked; read it first, then pass --trust-remote-code"
             ) from error
-        raise ValueError(f"model: cannot load {quoted(name)}: {shortened(error)}") from error
+        raise ValueError(f"model: cannot load {quoted(name, 150)}: {shortened(error)}") from error
 
 
 def _tokenize(tokenizer: Any, documents: Sequence[Document], jsonl: Path | None) -> list[Tensor]:

@@ -93,13 +93,15 @@ def load_lens_artifacts(
     name = _name_on_hub(resource_id)
     # A folder of the model, which may be named as the model on the hub, says nothing about its lens.
     if here or (is_config and not is_model_config(config)) or name is None:
-        raise FileNotFoundError(f"resource_id: no lens at {quoted(os.fspath(resource_id))}: {problem}")
+        raise FileNotFoundError(f"resource_id: no lens at {quoted(os.fspath(resource_id), 150)}: {problem}")
 
     repo_id = repo_id or os.environ.get("TUNED_LENS_REPO_ID") or "AlignmentResearch/tuned-lens"
     repo_type = repo_type or os.environ.get("TUNED_LENS_REPO_TYPE") or "space"
     lens_folder = f"{subfolder}/{name}".lstrip("/")
-    place = f"{shortened(lens_folder, 100)} in the hub's {repo_type} {quoted(repo_id)} (revision {quoted(revision)})"
-    sought = f"no lens {quoted(name)}: {problem}, and {place}"
+    place = (
+        f"{shortened(lens_folder, 100)} in the hub's {repo_type} {quoted(repo_id, 150)} (revision {quoted(revision)})"
+    )
+    sought = f"no lens {quoted(name, 150)}: {problem}, and {place}"
 
     # A lens in a folder does without the hub's client, which takes a while to import.
     from huggingface_hub import hf_hub_download
@@ -138,7 +140,7 @@ def load_lens_artifacts(
     except GatedRepoError as error:
         raise PermissionError(
             f"resource_id: {sought} is gated: {shortened(error)}. Accept its terms on the hub's page of "
-            f"{quoted(repo_id)}, then {_LOG_IN}"
+            f"{quoted(repo_id, 150)}, then {_LOG_IN}"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -183,7 +185,9 @@ def push_lens_artifacts(
     """
     name = _name_on_hub(resource_id)
     if name is None:
-        raise ValueError(f"resource_id: {quoted(resource_id)} is a path; pass the name the lens shall have on the hub")
+        raise ValueError(
+            f"resource_id: {quoted(resource_id, 150)} is a path; pass the name the lens shall have on the hub"
+        )
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

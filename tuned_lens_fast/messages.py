@@ -11,16 +11,19 @@ from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
-#: Bounds what is looked at; :func:`quoted` then cuts what is left.
+#: Bounds what is looked at of a nested value; :func:`quoted` then cuts what is left.
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 50
 _REPR.maxlevel = 2
 
 
-def quoted(value: object) -> str:
-    """``repr(value)``, at most 60 characters of it, however long, large or deep ``value`` is."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 60 else f"{text[:40]}...{text[-17:]}"
+def quoted(value: object, most: int = 60) -> str:
+    """``repr(value)``, about ``most`` characters of it, however long, large or deep ``value`` is."""
+    start, end = 2 * most // 3, most // 3 - 3
+    if isinstance(value, str):
+        text = repr(value if len(value) <= most else f"{value[:start]}...{value[-end:]}")
+    else:
+        text = _REPR.repr(value)
+    return text if len(text) <= most + 2 else f"{text[:start]}...{text[-end:]}"
 
 
 def listed(values: Collection[object], most: int = 4) -> str:

@@ -331,7 +331,7 @@ class TunedLens(Lens):
             others.append("unembedding")
         if others:
             warnings.warn(
-                f"lens_resource_id: {quoted(os.fspath(lens_resource_id))} was made for a model "
+                f"lens_resource_id: {quoted(os.fspath(lens_resource_id), 150)} was made for a model "
                 f"({quoted(config.base_model_name_or_path)}) with another {' and '.join(dict.fromkeys(others))}; "
                 "it may decode this one badly",
                 stacklevel=3,
