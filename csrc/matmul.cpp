@@ -8,11 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "matmul.h"
+#include "processor.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define OWN_PRODUCTS
@@ -39,29 +38,17 @@ namespace amx {
 }  // namespace amx
 #pragma GCC pop_options
 
-// TUNED_LENS_FAST_CPU, the most that may be used; empty where the processor decides.
-const char* wanted() {
-  const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
-  return most ? most : "";
-}
-
-// Where a processor has wider units, PyTorch's product uses them.
+// Where wider units may be used, PyTorch's product uses them.
 bool find_fma() {
-  const bool most = std::strcmp(wanted(), "avx2") == 0;
-  const bool wider = !*wanted() || std::strcmp(wanted(), "avx512") == 0 || std::strcmp(wanted(), "amx") == 0;
-  return (most || (wider && !__builtin_cpu_supports("avx512f"))) && __builtin_cpu_supports("avx2") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return may_use(Instructions::kAvx2) && !may_use(Instructions::kAvx512) && __builtin_cpu_supports("f16c");
 }
 
 // The processor has it, and the system lets this process use its registers.
 bool find_amx() {
-  if (*wanted() && std::strcmp(wanted(), "amx") != 0) return false;
+  if (!may_use(Instructions::kAmx)) return false;
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-    return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl, since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -151,15 +151,16 @@ void add_tile(Row& row) {
   row.larger = sum(above);
 
   const float tile_m = largest(most);
-  const float m = tile_m > row.m ? tile_m : row.m;
+  Running& so_far = *row.sums;
+  const float m = tile_m > so_far.m ? tile_m : so_far.m;
   const float origin = m == -kInfinity ? 0.0f : m;
   const Sums sums = row.keep ? sum_up<true>(z, width, origin) : sum_up<false>(z, width, origin);
-  const float fall = row.m - origin;
+  const float fall = so_far.m - origin;
   const float shift = fall < kExpFloor ? kExpFloor : fall;
   row.rescale = std::exp(shift);
-  row.t = row.rescale * (row.t + row.s * shift) + sum(sums.t);
-  row.s = row.rescale * row.s + (sum(sums.s) + sum(sums.ones));
-  row.m = m;
+  so_far.t = row.rescale * (so_far.t + so_far.s * shift) + sum(sums.t);
+  so_far.s = row.rescale * so_far.s + (sum(sums.s) + sum(sums.ones));
+  so_far.m = m;
 }
 
 template <bool with_js>
@@ -186,7 +187,8 @@ static inline void compare_as(Pair& pair) {
       js += p * ((d > 0.0f ? Floats{} : d) - beside) + q * ((d > 0.0f ? -d : Floats{}) - beside);
     }
   }
-  pair.kl = sum(kl), pair.reverse_kl = sum(reverse_kl), pair.js = 0.5f * sum(js), pair.tv = 0.5f * sum(tv);
+  pair.sums[kKl] = sum(kl), pair.sums[kReverseKl] = sum(reverse_kl);
+  pair.sums[kJs] = 0.5f * sum(js), pair.sums[kTv] = 0.5f * sum(tv);
 }
 
 void compare(Pair& pair, bool with_js) {

@@ -55,6 +55,16 @@ struct TopK {
   }
 };
 
+// The sums over the vocabulary that are kept of a row, as a row of fp32 in memory. Here a new one is declared;
+// online_softmax.inl and tile_kernels.cuh add it up.
+struct Running {
+  float m, s, t;
+};
+constexpr int64_t kRunning = sizeof(Running) / sizeof(float);
+
+// The divergences, in the order in which their sums lie in memory.
+enum Divergence { kKl, kReverseKl, kJs, kTv, kDivergences };
+
 struct Row {
   float* z;
   int64_t width;
@@ -62,7 +72,7 @@ struct Row {
   float threshold;  // what `larger` counts against
   TopK top;         // k = 0: not wanted
   bool keep;        // leave exp(z - m) in z
-  float m, s, t;    // in: the state so far; out: with this tile
+  Running* sums;    // in: those so far; out: with this tile
   int64_t larger;   // out: tokens of this tile above the threshold
   float rescale;    // out: exp(m before - m now)
 };
@@ -72,7 +82,7 @@ struct Pair {
   const float* z_q;
   int64_t width;
   float m_p, log_s_p, m_q, log_s_q;
-  float kl, reverse_kl, js, tv;  // out: this tile's share
+  float sums[kDivergences];  // out: this tile's share
 };
 
 }  // namespace tuned_lens_fast

@@ -19,7 +19,7 @@
 #include <optional>
 
 #include "operands.h"
-#include "row.h"
+#include "processor.h"
 
 namespace tuned_lens_fast {
 namespace {
@@ -58,14 +58,8 @@ struct Processor {
 
 Processor best() {
 #ifdef MANY_PROCESSORS
-  const char* const most = std::getenv("TUNED_LENS_FAST_CPU");
-  const bool wide = !most || !*most || std::strcmp(most, "avx512") == 0 || std::strcmp(most, "amx") == 0;
-  if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2"))
-    return {"avx512", avx512::add_tile, avx512::compare};
-  if ((wide || std::strcmp(most, "avx2") == 0) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("bmi2"))
-    return {"avx2", avx2::add_tile, avx2::compare};
+  if (may_use(Instructions::kAvx512)) return {"avx512", avx512::add_tile, avx512::compare};
+  if (may_use(Instructions::kAvx2)) return {"avx2", avx2::add_tile, avx2::compare};
 #endif
   return {"plain", plain::add_tile, plain::compare};
 }
@@ -77,17 +71,14 @@ const Processor& processor() {
 
 // z [rows, width] fp32, its columns side by side; see the schema below for the rest.
 void tile_pass(
-    Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor m, Tensor s,
-    Tensor t, std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top,
-    std::optional<Tensor> rescale) {
+    Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor sums,
+    std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top, std::optional<Tensor> rescale) {
   const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
-  check_pass(z, m, s, t, targets, threshold, r, target, top, rescale);
+  check_pass(z, sums, targets, threshold, r, target, top, rescale);
   float* const logits = z.mutable_data_ptr<float>();
   const int64_t* const ids = read<int64_t>(targets);
   const float* const thresholds = read<float>(threshold);
-  float* const ms = m.mutable_data_ptr<float>();
-  float* const ss = s.mutable_data_ptr<float>();
-  float* const ts = t.mutable_data_ptr<float>();
+  Running* const running = reinterpret_cast<Running*>(sums.mutable_data_ptr<float>());
   int64_t* const rs = written<int64_t>(r);
   float* const own = written<float>(target);
   int64_t* const keys = written<int64_t>(top);
@@ -101,9 +92,8 @@ void tile_pass(
       const bool met = column >= 0 && column < width;
       const float found = met ? row_z[column] : -kInfinity;
       const float bound = !rs ? kInfinity : thresholds ? thresholds[i] : found;
-      Row row{row_z, width, first, bound, {keys + i * k, k}, rescales != nullptr, ms[i], ss[i], ts[i], 0, 0};
+      Row row{row_z, width, first, bound, {keys + i * k, k}, rescales != nullptr, running + i, 0, 0};
       processor().add_tile(row);
-      ms[i] = row.m, ss[i] = row.s, ts[i] = row.t;
       if (rs) rs[i] += row.larger - (met && found > bound);
       if (own && met) own[i] = found;
       if (rescales) rescales[i] = row.rescale;
@@ -112,31 +102,22 @@ void tile_pass(
 }
 
 void tile_divergences(
-    Tensor z_p, Tensor z_q, Tensor m_p, Tensor log_s_p, Tensor m_q, Tensor log_s_q, std::optional<Tensor> kl,
-    std::optional<Tensor> reverse_kl, std::optional<Tensor> js, std::optional<Tensor> tv) {
+    Tensor z_p, Tensor z_q, Tensor normaliser_p, Tensor normaliser_q, bool with_js, Tensor sums) {
   const int64_t positions = z_p.size(0), rows = z_q.size(0);
   const int64_t stride_p = z_p.stride(0), stride_q = z_q.stride(0);
-  check_divergences(z_p, z_q, m_p, log_s_p, m_q, log_s_q, kl, reverse_kl, js, tv);
+  check_divergences(z_p, z_q, normaliser_p, normaliser_q, sums);
   const float* const p = z_p.const_data_ptr<float>();
   const float* const q = z_q.const_data_ptr<float>();
-  const float* const mp = m_p.const_data_ptr<float>();
-  const float* const lp = log_s_p.const_data_ptr<float>();
-  const float* const mq = m_q.const_data_ptr<float>();
-  const float* const lq = log_s_q.const_data_ptr<float>();
-  float* const kls = written<float>(kl);
-  float* const reverse_kls = written<float>(reverse_kl);
-  float* const jss = written<float>(js);
-  float* const tvs = written<float>(tv);
+  const float* const n_p = normaliser_p.const_data_ptr<float>();
+  const float* const n_q = normaliser_q.const_data_ptr<float>();
+  float* const totals = sums.mutable_data_ptr<float>();
 
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i % positions;
-      Pair pair{p + at * stride_p, q + i * stride_q, z_q.size(1), mp[at], lp[at], mq[i], lq[i], 0, 0, 0, 0};
-      processor().compare(pair, jss != nullptr);
-      if (kls) kls[i] += pair.kl;
-      if (reverse_kls) reverse_kls[i] += pair.reverse_kl;
-      if (jss) jss[i] += pair.js;
-      if (tvs) tvs[i] += pair.tv;
+      Pair pair{p + at * stride_p, q + i * stride_q, z_q.size(1), n_p[at], n_p[positions + at], n_q[i], n_q[rows + i], {}};
+      processor().compare(pair, with_js);
+      for (int64_t each = 0; each < kDivergences; ++each) totals[each * rows + i] += pair.sums[each];
     }
   });
 }
@@ -146,11 +127,11 @@ void tile_divergences(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
   library.def(
-      "tile_pass(Tensor(a!) z, int first, Tensor? targets, Tensor? threshold, Tensor(b!) m, Tensor(c!) s, "
-      "Tensor(d!) t, Tensor(e!)? r, Tensor(f!)? target, Tensor(g!)? top, Tensor(h!)? rescale) -> ()");
+      "tile_pass(Tensor(a!) z, int first, Tensor? targets, Tensor? threshold, Tensor(b!) sums, Tensor(c!)? r, "
+      "Tensor(d!)? target, Tensor(e!)? top, Tensor(f!)? rescale) -> ()");
   library.def(
-      "tile_divergences(Tensor z_p, Tensor z_q, Tensor m_p, Tensor log_s_p, Tensor m_q, Tensor log_s_q, "
-      "Tensor(a!)? kl, Tensor(b!)? reverse_kl, Tensor(c!)? js, Tensor(d!)? tv) -> ()");
+      "tile_divergences(Tensor z_p, Tensor z_q, Tensor normaliser_p, Tensor normaliser_q, bool with_js, "
+      "Tensor(a!) sums) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CPU, library) {

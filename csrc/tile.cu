@@ -26,10 +26,9 @@ void check_launch(const char* name) {
 }
 
 void tile_pass(
-    Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor m, Tensor s,
-    Tensor t, std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top,
-    std::optional<Tensor> rescale) {
-  check_pass(z, m, s, t, targets, threshold, r, target, top, rescale);
+    Tensor z, int64_t first, std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor sums,
+    std::optional<Tensor> r, std::optional<Tensor> target, std::optional<Tensor> top, std::optional<Tensor> rescale) {
+  check_pass(z, sums, targets, threshold, r, target, top, rescale);
   const int64_t rows = z.size(0), width = z.size(1), k = top ? top->size(1) : 0;
   STD_TORCH_CHECK(k <= kMostTop, "tile_pass: top has room for ", k, " keys a row, wanted at most ", kMostTop);
   STD_TORCH_CHECK(
@@ -38,23 +37,20 @@ void tile_pass(
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   add_tile<<<static_cast<unsigned>(rows), kThreads, 0, current_stream(z)>>>(
       {z.mutable_data_ptr<float>(), z.stride(0), width, first, read<int64_t>(targets), read<float>(threshold),
-       m.mutable_data_ptr<float>(), s.mutable_data_ptr<float>(), t.mutable_data_ptr<float>(), written<int64_t>(r),
-       written<float>(target), k ? written<int64_t>(top) : nullptr, static_cast<int>(k), written<float>(rescale)});
+       reinterpret_cast<Running*>(sums.mutable_data_ptr<float>()), written<int64_t>(r), written<float>(target), k ? written<int64_t>(top) : nullptr, static_cast<int>(k), written<float>(rescale)});
   check_launch("tile_pass");
 }
 
 void tile_divergences(
-    Tensor z_p, Tensor z_q, Tensor m_p, Tensor log_s_p, Tensor m_q, Tensor log_s_q, std::optional<Tensor> kl,
-    std::optional<Tensor> reverse_kl, std::optional<Tensor> js, std::optional<Tensor> tv) {
-  check_divergences(z_p, z_q, m_p, log_s_p, m_q, log_s_q, kl, reverse_kl, js, tv);
+    Tensor z_p, Tensor z_q, Tensor normaliser_p, Tensor normaliser_q, bool, Tensor sums) {
+  check_divergences(z_p, z_q, normaliser_p, normaliser_q, sums);
   const int64_t rows = z_q.size(0);
   if (!rows || !z_q.size(1)) return;
   const torch::stable::accelerator::DeviceGuard guard(z_q.get_device_index());
   compare_tiles<<<static_cast<unsigned>(rows), kThreads, 0, current_stream(z_q)>>>(
       {z_p.const_data_ptr<float>(), z_q.const_data_ptr<float>(), z_p.stride(0), z_q.stride(0), z_q.size(1),
-       z_p.size(0), m_p.const_data_ptr<float>(), log_s_p.const_data_ptr<float>(), m_q.const_data_ptr<float>(),
-       log_s_q.const_data_ptr<float>(), written<float>(kl), written<float>(reverse_kl), written<float>(js),
-       written<float>(tv)});
+       z_p.size(0), normaliser_p.const_data_ptr<float>(), normaliser_q.const_data_ptr<float>(),
+       sums.mutable_data_ptr<float>()});
   check_launch("tile_divergences");
 }
 

@@ -20,9 +20,9 @@ constexpr int64_t kMostKey = std::numeric_limits<int64_t>::max();
 struct TileArguments {
   float* z;
   int64_t stride, width, first;
-  const int64_t* targets;   // or null, as all below but m, s and t
+  const int64_t* targets;   // or null, as all below but sums
   const float* threshold;
-  float *m, *s, *t;
+  Running* sums;
   int64_t* larger;
   float* target;
   int64_t* top;
@@ -33,8 +33,8 @@ struct TileArguments {
 struct PairArguments {
   const float *z_p, *z_q;
   int64_t stride_p, stride_q, width, positions;
-  const float *m_p, *log_s_p, *m_q, *log_s_q;
-  float *kl, *reverse_kl, *js, *tv;  // or null
+  const float *normaliser_p, *normaliser_q;  // [2, positions], [2, rows]: m and log s
+  float* sums;                               // [kDivergences, rows]
 };
 
 struct Sum {
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
   const float found = met ? z[column] : -kInfinity;
   const float bound = !a.larger ? kInfinity : a.threshold ? a.threshold[row] : found;
   if (a.top && threadIdx.x < a.k) best[threadIdx.x] = a.top[row * a.k + threadIdx.x];
-  float m = a.m[row], s = a.s[row], t = a.t[row], rescale = 1;
+  float m = a.sums[row].m, s = a.sums[row].s, t = a.sums[row].t, rescale = 1;
   float larger = 0;  // of a tile, far below 2^24
   __syncthreads();  // all have read what others will write
 
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
   larger = across_block(larger, Sum(), room);
   if (a.top && threadIdx.x < a.k) a.top[row * a.k + threadIdx.x] = best[threadIdx.x];
   if (threadIdx.x) return;
-  a.m[row] = m, a.s[row] = s, a.t[row] = t;
+  a.sums[row] = {m, s, t};
   if (a.larger) a.larger[row] += static_cast<int64_t>(larger) - (met && found > bound);
   if (a.target && met) a.target[row] = found;
   if (a.rescale) a.rescale[row] = rescale;
@@ -163,7 +163,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) compare_tiles(PairArguments
   const int64_t row = blockIdx.x, position = row % a.positions;
   const float* const z_p = a.z_p + position * a.stride_p;
   const float* const z_q = a.z_q + row * a.stride_q;
-  const float m_p = a.m_p[position], log_s_p = a.log_s_p[position], m_q = a.m_q[row], log_s_q = a.log_s_q[row];
+  const int64_t rows = gridDim.x;
+  const float m_p = a.normaliser_p[position], log_s_p = a.normaliser_p[a.positions + position];
+  const float m_q = a.normaliser_q[row], log_s_q = a.normaliser_q[rows + row];
   float kl = 0, reverse_kl = 0, js = 0, tv = 0;
   for (int64_t i = threadIdx.x; i < a.width; i += kThreads) {
     float log_p = (z_p[i] - m_p) - log_s_p, log_q = (z_q[i] - m_q) - log_s_q;
@@ -182,10 +184,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) compare_tiles(PairArguments
   js = across_block(js, Sum(), room);
   tv = across_block(tv, Sum(), room);
   if (threadIdx.x) return;
-  if (a.kl) a.kl[row] += kl;
-  if (a.reverse_kl) a.reverse_kl[row] += reverse_kl;
-  if (a.js) a.js[row] += 0.5f * js;
-  if (a.tv) a.tv[row] += 0.5f * tv;
+  const float found[kDivergences] = {kl, reverse_kl, 0.5f * js, 0.5f * tv};
+  for (int each = 0; each < kDivergences; ++each) a.sums[each * rows + row] += found[each];
 }
 
 }  // namespace tuned_lens_fast

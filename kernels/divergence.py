@@ -5,22 +5,28 @@ u = W^T p, both shared by all layers,
 
     KL = lse - lse_T - (x - x_T) . u
 
-``kl_by_identity`` is that dot product, and ``Expectation`` computes u. Everything else walks the
-vocabulary a second time with both logsumexp known (``divergence_pass``): a program keeps the reference's tile in
-registers and passes all layers of its positions by it.
+``kl_by_identity`` is that dot product, and ``Expectation`` computes u. Everything else is a second pass over the
+vocabulary with both normalisers known (``divergence_pass``): a program keeps the reference's tile in registers and
+passes all layers of its positions by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuned_lens_fast.kernels.launch import Tile, processors, vocabulary_splits
-from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, transform
+from tuned_lens_fast.engines.state import State
+from tuned_lens_fast.engines.statistics import DIVERGENCES
+from tuned_lens_fast.kernels.launch import Tile, head_arguments, processors, vocabulary_splits
+from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, finish_logits
+
+if TYPE_CHECKING:
+    from tuned_lens_fast.engines.interface import Head
 
 #: fp16 keeps nothing below 6e-8, so probabilities are multiplied by this before they are split into two parts.
 PART_SCALE = 2.0**14
@@ -29,7 +35,18 @@ MOST_SLICES = 32
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
-def _softmax_parts(z, state, decay, parts, rows, width, stride_z, BLOCK: tl.constexpr, SCALE: tl.constexpr):
+def _softmax_parts(
+    z,  # fp32 [rows, width]
+    state,  # fp32 [2, rows]: m and s
+    decay,  # fp32 [rows]
+    parts,  # [2 * rows, width] in W's dtype: exp(z - m) and what its rounding lost
+    rows,
+    width,
+    stride_z,
+    BLOCK: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """A program a row: a tile's exponentials in two parts, and the row's m and s with them."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), EMPTY, tl.float32)
@@ -56,7 +73,15 @@ def _softmax_parts(z, state, decay, parts, rows, width, stride_z, BLOCK: tl.cons
 
 
 @triton.jit
-def _accumulate(u, products, decay, elements, D: tl.constexpr, BLOCK: tl.constexpr):
+def _accumulate(
+    u,  # fp32 [rows, D]
+    products,  # fp32 [2 * rows, D]
+    decay,  # fp32 [rows]
+    elements,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """u * decay + both products."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.load(u + at, mask=inside, other=0.0) * tl.load(decay + at // D, mask=inside, other=0.0)
@@ -65,7 +90,7 @@ def _accumulate(u, products, decay, elements, D: tl.constexpr, BLOCK: tl.constex
 
 
 class Expectation:
-    """u = W^T softmax(z) of rows whose logits come a vocabulary tile at a time, in one walk.
+    """sum exp(z - m) W of rows whose logits come a vocabulary tile at a time, in one pass.
 
     Two 16-bit products a tile: in one, a probability would keep 8 bits in bf16 and u would be off by 1e-2 of a nat in
     KL; the sum of two parts keeps 16 and is off by 3e-5.
@@ -89,17 +114,30 @@ class Expectation:
             self.u, product(parts, weight), self._decay, elements, D=self.u.shape[1], BLOCK=4096, num_warps=8
         )
 
-    def normalised(self) -> tuple[Tensor, Tensor]:
-        """u fp32 [rows, d_model] and the normaliser fp32 [2, rows], once every tile was met."""
+    def state(self) -> State:
+        """The closed state of the rows, once every tile was met."""
         m, s = self._state
-        return self.u.div_(s.unsqueeze(1) * PART_SCALE), torch.stack([m, s.log()])
+        return State(m, s, u=self.u.div_(PART_SCALE)).closed()
 
 
-@triton.jit(do_not_specialize=["rows", "positions"])
+@triton.jit(do_not_specialize=["positions"])
 def _kl_by_identity(
-    x, x_reference, u, normaliser, normaliser_reference, kl, rows, positions, stride_x, stride_reference, stride_u,
-    D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,  # [rows, D]
+    x_reference,  # [positions, D]
+    u,  # fp32 [positions, D]
+    m,  # fp32 [rows], as log_s
+    log_s,
+    m_reference,  # fp32 [positions], as log_s_reference
+    log_s_reference,
+    kl,  # fp32 [rows]
+    positions,
+    stride_x,
+    stride_reference,
+    stride_u,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program a row: the dot product, and the difference of the normalisers."""
     row = tl.program_id(0).to(tl.int64)
     position = row % positions
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -109,25 +147,23 @@ def _kl_by_identity(
         a = tl.load(x + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(x_reference + position * stride_reference + column, mask=inside, other=0.0).to(tl.float32)
         acc += (a - b) * tl.load(u + position * stride_u + column, mask=inside, other=0.0)
-    largest = tl.load(normaliser + row) - tl.load(normaliser_reference + position)
-    log_s = tl.load(normaliser + rows + row) - tl.load(normaliser_reference + positions + position)
-    tl.store(kl + row, tl.maximum((largest - tl.sum(acc, 0)) + log_s, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    largest = tl.load(m + row) - tl.load(m_reference + position)
+    spread = tl.load(log_s + row) - tl.load(log_s_reference + position)
+    tl.store(kl + row, (largest - tl.sum(acc, 0)) + spread)
 
 
-def kl_by_identity(
-    x: Tensor, x_reference: Tensor, u: Tensor, normaliser: Tensor, normaliser_reference: Tensor
-) -> Tensor:
-    """KL(reference || lens), fp32 [rows], nats.
+def kl_by_identity(x: Tensor, x_reference: Tensor, u: Tensor, state: State, reference: State) -> Tensor:
+    """KL(reference || lens), fp32 ``[rows]``, nats.
 
     Args:
-        x: [layers * positions, d_model], layer by layer. x_reference: [positions, d_model].
-        u: fp32 [positions, d_model], W^T softmax(reference), times the head's scale.
-        normaliser: fp32 [2, layers * positions]. normaliser_reference: fp32 [2, positions].
+        x: ``[layers * positions, d_model]``, layer by layer. x_reference: ``[positions, d_model]``.
+        u: fp32 ``[positions, d_model]``, W^T softmax(reference), times the head's scale.
+        state, reference: closed, of both.
     """
     rows = x.shape[0]
     kl = torch.empty(rows, dtype=torch.float32, device=x.device)
     _kl_by_identity[(rows,)](
-        x, x_reference, u, normaliser, normaliser_reference, kl, rows, x_reference.shape[0],
+        x, x_reference, u, state.m, state.log_s, reference.m, reference.log_s, kl, x_reference.shape[0],
         x.stride(0), x_reference.stride(0), u.stride(0), D=x.shape[1], BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return kl
@@ -135,10 +171,27 @@ def kl_by_identity(
 
 @triton.jit
 def _tile_logits(
-    x, w, bias, row, token, row_mask, token_mask, stride_x, stride_w, scale, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    x,  # [rows, D]
+    w,  # [V, D]
+    bias,  # [V]
+    row,  # int64 [BM]
+    token,  # int64 [BN]
+    row_mask,  # bool [BM]
+    token_mask,  # bool [BN]
+    stride_x,
+    stride_w,
+    scale,
+    softcap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Logits ``[BM, BN]``."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, D, BK):
         depth = k + tl.arange(0, BK)
@@ -146,28 +199,49 @@ def _tile_logits(
         a = tl.load(x + row[:, None] * stride_x + depth[None, :], mask=row_mask[:, None] & deep, other=0.0)
         b = tl.load(w + token[:, None] * stride_w + depth[None, :], mask=token_mask[:, None] & deep, other=0.0)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    if BIAS:
-        acc += tl.load(bias + token, mask=token_mask, other=0.0).to(tl.float32)[None, :]
-    acc = transform(acc, scale, softcap, SCALE, SOFTCAP)
-    if BIAS:
-        acc = tl.maximum(acc, MASKED, propagate_nan=tl.PropagateNan.ALL)
-    return acc
+    return finish_logits(acc, bias, token, token_mask, scale, softcap, BIAS, SCALE, SOFTCAP, True)
 
 
 @triton.jit(do_not_specialize=["positions", "vocab", "layers", "tiles_per_split"])
-def _walk(
-    x, x_reference, w, bias, normaliser, normaliser_reference, sums, positions, vocab, layers, tiles_per_split,
-    stride_x, stride_reference, stride_w, scale, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-    KL: tl.constexpr, REVERSE: tl.constexpr, JS: tl.constexpr, TV: tl.constexpr,
-):  # fmt: skip
+def _divergence_pass(
+    x,  # [layers * positions, D]
+    x_reference,  # [positions, D]
+    w,  # [V, D]
+    m,  # fp32 [layers * positions], as log_s
+    log_s,
+    m_reference,  # fp32 [positions], as log_s_reference
+    log_s_reference,
+    sums,  # fp32 [splits, 4, layers * positions]
+    positions,
+    vocab,
+    layers,
+    tiles_per_split,
+    stride_x,
+    stride_reference,
+    stride_w,
+    bias,  # [V]
+    scale,
+    softcap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    JS: tl.constexpr,
+    TV: tl.constexpr,
+):
+    """A program's slice of the vocabulary for a block of positions at every layer; see Statistic.term."""
     block = tl.program_id(0)
     split = tl.program_id(1)
     position = block * BM + tl.arange(0, BM)
     inside = position < positions
-    m_reference = tl.load(normaliser_reference + position, mask=inside, other=0.0)
-    log_s_reference = tl.load(normaliser_reference + positions + position, mask=inside, other=0.0)
+    own_m = tl.load(m_reference + position, mask=inside, other=0.0)
+    own_log_s = tl.load(log_s_reference + position, mask=inside, other=0.0)
     rows = layers.to(tl.int64) * positions
     for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(vocab, BN))):
         token = tile * BN + tl.arange(0, BN)
@@ -176,7 +250,7 @@ def _walk(
             x_reference, w, bias, position.to(tl.int64), token.to(tl.int64), inside, real, stride_reference, stride_w,
             scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
         )  # fmt: skip
-        log_p = tl.where(real[None, :], (reference - m_reference[:, None]) - log_s_reference[:, None], MASKED)
+        log_p = tl.where(real[None, :], (reference - own_m[:, None]) - own_log_s[:, None], MASKED)
         p = tl.exp2(log_p * LOG2E)
         row = position.to(tl.int64) - positions
         for _ in tl.range(0, layers):
@@ -185,9 +259,9 @@ def _walk(
                 x, w, bias, row, token.to(tl.int64), inside, real, stride_x, stride_w,
                 scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
             )  # fmt: skip
-            m = tl.load(normaliser + row, mask=inside, other=0.0)
-            log_s = tl.load(normaliser + rows + row, mask=inside, other=0.0)
-            log_q = tl.where(real[None, :], (z - m[:, None]) - log_s[:, None], MASKED)
+            row_m = tl.load(m + row, mask=inside, other=0.0)
+            row_log_s = tl.load(log_s + row, mask=inside, other=0.0)
+            log_q = tl.where(real[None, :], (z - row_m[:, None]) - row_log_s[:, None], MASKED)
             q = tl.exp2(log_q * LOG2E)
             # This program alone owns its sums, so it may add to them tile by tile.
             at = sums + split.to(tl.int64) * 4 * rows + row
@@ -208,36 +282,30 @@ def _walk(
 
 
 def divergence_pass(
-    x: Tensor, x_reference: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
-    normaliser: Tensor, normaliser_reference: Tensor, wanted: frozenset[str], tile: Tile, precision: str = "ieee",
-) -> dict[str, Tensor]:  # fmt: skip
-    """Those of kl, reverse_kl, js and tv that are wanted: fp32 [rows], nats (tv: a share of 1), at least 0.
+    x: Tensor, x_reference: Tensor, head: Head, state: State, reference: State, names: Collection[str], tile: Tile
+) -> dict[str, Tensor]:
+    """The divergences ``names`` of rows from the reference: fp32 ``[rows]``, nats (tv: a share of 1).
 
     Args:
-        x: [layers * positions, d_model], layer by layer. x_reference: [positions, d_model], x's dtype.
-        weight: [vocab, d_model]. bias: [vocab] or None. scale, softcap: see ``Head``.
-        normaliser: fp32 [2, layers * positions]. normaliser_reference: fp32 [2, positions].
+        x: ``[layers * positions, d_model]``, layer by layer. x_reference: ``[positions, d_model]``, x's dtype.
+        state, reference: closed, of both.
     """
-    names = ("kl", "reverse_kl", "js", "tv")
     positions, d_model = x_reference.shape
     layers = x.shape[0] // positions
-    vocab = weight.shape[0]
     small = tile.block_rows < 64
     # Four fp32 tiles are alive at once: the reference's and the layer's logits and their exponentials.
     bm, bn = (16, 16) if small else (32, 64) if x.dtype == torch.float32 else (64, 128)
     bk = min(tile.block_depth, 32 if x.dtype == torch.float32 else 64)
-    tiles = triton.cdiv(vocab, bn)
+    tiles = triton.cdiv(head.vocab, bn)
     blocks = triton.cdiv(positions, bm)
     per_split = triton.cdiv(tiles, min(vocabulary_splits(blocks, tiles, processors(x.device), blocks), MOST_SLICES))
     splits = triton.cdiv(tiles, per_split)
-    sums = torch.zeros(splits, 4, layers * positions, dtype=torch.float32, device=x.device)
-    _walk[(blocks, splits)](
-        x, x_reference, weight, bias, normaliser, normaliser_reference, sums, positions, vocab, layers, per_split,
-        x.stride(0), x_reference.stride(0), weight.stride(0), scale, softcap or 1.0,
-        BM=bm, BN=bn, BK=bk, D=d_model, PRECISION=precision,
-        BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
-        KL="kl" in wanted, REVERSE="reverse_kl" in wanted, JS="js" in wanted, TV="tv" in wanted,
+    sums = torch.zeros(splits, len(DIVERGENCES), layers * positions, dtype=torch.float32, device=x.device)
+    _divergence_pass[(blocks, splits)](
+        x, x_reference, head.weight, state.m, state.log_s, reference.m, reference.log_s, sums,
+        positions, head.vocab, layers, per_split, x.stride(0), x_reference.stride(0), head.weight.stride(0),
+        **head_arguments(head), BM=bm, BN=bn, BK=bk, D=d_model, PRECISION=tile.precision,
+        KL="kl" in names, REVERSE="reverse_kl" in names, JS="js" in names, TV="tv" in names,
         num_warps=4 if small or x.dtype == torch.float32 else 8, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
-    totals = sums.sum(0).clamp_(min=0.0)
-    return {name: totals[i] for i, name in enumerate(names) if name in wanted}
+    return {name: total for name, total in zip(DIVERGENCES, sums.sum(0), strict=True) if name in names}

@@ -16,18 +16,42 @@ MASKED = tl.constexpr(-2e30)
 
 
 @triton.jit
-def transform(z, scale, softcap, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """g(z): the model's scale and softcap. c tanh(z / c) = c - 2c / (exp(2z / c) + 1) needs one exponential."""
+def finish_logits(
+    acc,  # fp32 [rows, tokens] or [tokens], sums of products
+    bias,  # [vocab]
+    token,  # int [tokens]
+    valid,  # bool [tokens]
+    scale,
+    softcap,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FLOOR: tl.constexpr,
+):
+    """z = g(acc + b), what the model makes of W x. With FLOOR a bias of -inf gives MASKED."""
+    if BIAS:
+        offset = tl.load(bias + token, mask=valid, other=0.0).to(tl.float32)
+        if len(acc.shape) == 2:
+            offset = offset[None, :]
+        acc += offset
     if SCALE:
-        z *= scale
-    if SOFTCAP:
-        z = softcap - tl.fdiv(2.0 * softcap, tl.exp2(z * (2.0 * LOG2E / softcap)) + 1.0)
-    return z
+        acc *= scale
+    if SOFTCAP:  # c tanh(z / c) = c - 2c / (exp(2z / c) + 1) needs one exponential
+        acc = softcap - tl.fdiv(2.0 * softcap, tl.exp2(acc * (2.0 * LOG2E / softcap)) + 1.0)
+    if BIAS and FLOOR:
+        acc = tl.maximum(acc, MASKED, propagate_nan=tl.PropagateNan.ALL)
+    return acc
 
 
 @triton.jit
-def token_of(slot, place, groups, MEMBERS: tl.constexpr, MERGED: tl.constexpr):
-    """The token id at a place of a slot, -1 if there is none (see statistics.py for how they are numbered)."""
+def token_of(
+    slot,  # int [...]
+    place,  # int [...], of a member within the slot
+    groups,
+    MEMBERS: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """The token id at a place of a slot, -1 if there is none (see vocabulary_pass.py for how they are numbered)."""
     tiles = groups // 8
     whole = (tiles + MERGED - 1) // MERGED
     member = place % MEMBERS

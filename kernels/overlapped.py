@@ -1,20 +1,22 @@
 """The vocabulary pass of Hopper GPUs for few features: the statistics of one tile under the product of the next.
 
-Where d_model is small, a tile's statistics take a good part of the time of its product, and in statistics.py the matrix
-units rest meanwhile. Here two groups of four warps take turns: one multiplies a tile while the other has its statistics
-to do. A ninth warp has the copy engine bring the tiles of W, in the order in which the two will want them, into a ring
-of stages that each group frees as it goes. A barrier knows but the parity of its phase, so a group may wait for a stage
-only once the tile before its own has come: the other group hands it the turn.
+Where d_model is small, a tile's statistics take a good part of the time of its product, and in vocabulary_pass.py the
+matrix units rest meanwhile. Here two groups of four warps take turns: one multiplies a tile while the other has its
+statistics to do. A ninth warp has the copy engine bring the tiles of W, in the order in which the two will want them,
+into a ring of stages that each group frees as it goes. A barrier knows but the parity of its phase, so a group may wait
+for a stage only once the tile before its own has come: the other group hands it the turn.
 
 All of the program's rows of x stay in shared memory, so that W alone streams: at the matrix units' full rate 32 bytes a
-clock and processor for tiles of 128 x 128. Both operands would be 64; the 128 x 256 tiles of statistics.py ask for 48
-and drew 8 TB/s from L2 on an H100, some 38. Room for x and two stages is what limits d_model.
+clock and processor for tiles of 128 x 128. Both operands would be 64; the 128 x 256 tiles of vocabulary_pass.py ask for
+48 and drew 8 TB/s from L2 on an H100, some 38. Room for x and two stages is what limits d_model.
 
 It has compiled for Hopper, and its order of events has run in software (tests/kernels/partitions.py), but not on a GPU.
 So no built-in tile asks for it: search.py tries it where --overlapped wants that, and an entry of its file may.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import triton
 from torch import Tensor
@@ -23,9 +25,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tuned_lens_fast.kernels.launch import Tile
+from tuned_lens_fast.kernels.launch import Partition, Tile, head_arguments
 from tuned_lens_fast.kernels.logits import EMPTY, MASKED
-from tuned_lens_fast.kernels.statistics import program_of, store_state, tile_statistics
+from tuned_lens_fast.kernels.running_state import add_tile, program_of, store_state
+
+if TYPE_CHECKING:
+    from tuned_lens_fast.engines.interface import Head
 
 #: Arguments that change from launch to launch: one compiled kernel serves them all.
 _SIZES = ["R", "V", "groups", "tiles", "tiles_per_split", "row_blocks", "splits", "slots8"]
@@ -35,6 +40,7 @@ _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 
 @gluon.jit
 def _in_layout_of(value, like):
+    """``value`` in the layout of ``like``."""
     return gl.convert_layout(value, like.type.layout)
 
 
@@ -49,9 +55,22 @@ def _alternating(start, stop, MERGED: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    x, w, x_here, filled, free, x_rows, ring, row, start, stop,
-    BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, MERGED: gl.constexpr,
-):  # fmt: skip
+    x,  # descriptor of [R, D]
+    w,  # that of [MEMBERS, groups, D]
+    x_here,  # barrier
+    filled,  # barriers [STAGES], as free
+    free,
+    x_rows,  # shared [STEPS, BM, BK]
+    ring,  # shared [STAGES, MEMBERS, 8, BK]
+    row,
+    start,
+    stop,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    MERGED: gl.constexpr,
+):
+    """The ninth warp: brings x, and the tiles of W in the order in which the groups want them."""
     mbarrier.expect(x_here, STEPS * x.block_type.nbytes)
     for k in range(STEPS):
         _load_tile(x, [row, k * BK], x_here, x_rows.index(k))
@@ -77,13 +96,42 @@ def _copy(
 
 @gluon.jit
 def _take_turns(
-    bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
-    R, V, groups, split, slots8, scale, softcap, key_mask,
-    WHO: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr,
-    STAGES: gl.constexpr, MERGED: gl.constexpr,
-    BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr, RANK: gl.constexpr, TOP: gl.constexpr,
-):  # fmt: skip
+    WHO: gl.constexpr,
+    target_logits,  # fp32 [R]
+    state,  # fp32 [parts, 4, R]
+    group_maxima,  # fp32 [R, 2, slots]
+    x_here,  # barrier
+    filled,  # barriers [STAGES], as free
+    free,
+    turn,  # barriers [2]
+    x_rows,  # shared [STEPS, BM, BK]
+    ring,  # shared [STAGES, MEMBERS, 8, BK]
+    row,
+    start,
+    stop,
+    R,
+    V,
+    groups,
+    split,
+    slots8,
+    place_mask,
+    bias,  # [V]
+    scale,
+    softcap,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    MERGED: gl.constexpr,
+    BIAS: gl.constexpr,
+    SCALE: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    ENTROPY: gl.constexpr,
+    RANK: gl.constexpr,
+    TOP: gl.constexpr,
+):
+    """One of the two groups of warps: multiplies its tiles, and takes their statistics while the other multiplies."""
     MEMBERS: gl.constexpr = BN // 8
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BN, 16])
     column = gl.arange(0, BN, gl.SliceLayout(0, logits))
@@ -100,9 +148,9 @@ def _take_turns(
     s = gl.zeros([BM, 8], gl.float32, a_group)
     t = gl.zeros([BM, 8], gl.float32, a_group)
     above = gl.zeros([BM, 8], gl.float32, a_group)
-    best = gl.full([BM, 8], MASKED, gl.float32, a_group)
-    first = best
-    second = best
+    largest = gl.full([BM, 8], MASKED, gl.float32, a_group)
+    first = largest
+    second = largest
 
     pairs, first_last, second_last = _alternating(start, stop, MERGED)
     mbarrier.wait(x_here, 0)
@@ -136,23 +184,49 @@ def _take_turns(
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(free.index(before), count=1)
         token = tile * 8 + column % 8 + (column // 8) * groups
-        m, s, t, above, best, first, second = tile_statistics(
-            acc, m, s, t, above, best, first, second, target_logit, bias, token, token < V, column // 8, part, slot,
-            keys, rows, row_mask, gl.arange(0, 8, gl.SliceLayout(0, a_group)), slots8 * 8, scale, softcap, key_mask,
-            BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, False, ENTROPY, RANK, TOP, _in_layout_of,
+        m, s, t, above, largest, first, second = add_tile(
+            acc, m, s, t, above, largest, first, second, target_logit, bias, token, token < V, column // 8, part, slot,
+            group_maxima, rows, row_mask, gl.arange(0, 8, gl.SliceLayout(0, a_group)), slots8 * 8,
+            scale, softcap, place_mask, BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, False, ENTROPY, RANK, TOP,
+            _in_layout_of,
         )  # fmt: skip
     store_state(m, s, t, above, state, rows, row_mask, 2 * split + WHO, R, ENTROPY, RANK)
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _overlapped(
-    x, w, bias, target_logits, state, keys,
-    R, V, groups, tiles, tiles_per_split, row_blocks, splits, slots8, scale, softcap, key_mask,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr, MERGED: gl.constexpr,
-    BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr, RANK: gl.constexpr, TOP: gl.constexpr,
-):  # fmt: skip
+    x,  # descriptor of [R, D]
+    w,  # that of [MEMBERS, groups, D]
+    target_logits,  # fp32 [R]
+    state,  # fp32 [parts, 4, R]
+    group_maxima,  # fp32 [R, 2, slots]
+    R,
+    V,
+    groups,
+    tiles,
+    tiles_per_split,
+    row_blocks,
+    splits,
+    slots8,
+    place_mask,
+    bias,  # [V]
+    scale,
+    softcap,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    BK: gl.constexpr,
+    STEPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+    MERGED: gl.constexpr,
+    BIAS: gl.constexpr,
+    SCALE: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    ENTROPY: gl.constexpr,
+    RANK: gl.constexpr,
+    TOP: gl.constexpr,
+):
+    """Two parts of the state of a block of rows: a program's two groups of warps share its slice of the vocabulary."""
     block, split = program_of(gl.program_id(0), row_blocks, splits, BAND)
     row = block * BM
     start = split * tiles_per_split
@@ -169,14 +243,15 @@ def _overlapped(
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
+    shared = (
+        target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start, stop,
+        R, V, groups, split, slots8, place_mask, bias, scale, softcap,
+        BM, BN, BK, STEPS, STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP,
+    )  # fmt: skip
     gl.warp_specialize(
         [
-            (_take_turns, (bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
-                           R, V, groups, split, slots8, scale, softcap, key_mask, 0, BM, BN, BK, STEPS, STAGES, MERGED,
-                           BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
-            (_take_turns, (bias, target_logits, state, keys, x_here, filled, free, turn, x_rows, ring, row, start, stop,
-                           R, V, groups, split, slots8, scale, softcap, key_mask, 1, BM, BN, BK, STEPS, STAGES, MERGED,
-                           BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
+            (_take_turns, (0,) + shared),  # noqa: RUF005
+            (_take_turns, (1,) + shared),  # noqa: RUF005
             (_copy, (x, w, x_here, filled, free, x_rows, ring, row, start, stop, BK, STEPS, STAGES, MERGED)),
         ],
         [4, 1],
@@ -191,18 +266,17 @@ def shared_bytes(tile: Tile, d_model: int) -> int:
 
 
 def whole_tiles(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, tile: Tile,
-    target_logits: Tensor | None, state: Tensor, keys: Tensor | None,
-    tiles: int, per_split: int, row_blocks: int, splits: int, slots8: int, key_mask: int, band: int, entropy: bool,
+    x: Tensor, head: Head, tile: Tile, partition: Partition,
+    target_logits: Tensor | None, state: Tensor, group_maxima: Tensor | None, asked: dict[str, bool],
 ) -> None:  # fmt: skip
-    """The statistics of the first ``tiles`` tiles of the vocabulary.
+    """The statistics of the vocabulary's whole tiles.
 
     Args:
-        x: ``[rows, d_model]`` and weight: ``[vocab, d_model]``, of one 16-bit dtype, rows 16 bytes apart or a multiple.
+        x: ``[rows, d_model]``, as the head's weight of one 16-bit dtype, rows 16 bytes apart or a multiple.
         target_logits: fp32 ``[rows]`` where a rank is wanted.
         state: fp32 ``[2 * splits + ..., 4, rows]``, of which the first two a slice are written.
-        keys: fp32 ``[rows, 2, slots]`` where a top k is wanted.
-        tiles, per_split, row_blocks, splits, slots8, key_mask, band: as ``vocabulary_statistics`` cuts its work.
+        group_maxima: fp32 ``[rows, 2, slots]`` where a top k is wanted.
+        asked: ENTROPY, RANK and TOP of the kernel.
 
     Raises:
         ValueError: the tile is none that this kernel can take.
@@ -210,19 +284,18 @@ def whole_tiles(
     if tile.stages < 2 or tile.warps != 8:
         raise ValueError(f"tile: got {tile}, wanted 8 warps and 2 stages at least of one that is overlapped")
     rows, d_model = x.shape
-    stride, depth = weight.stride(0), tile.block_depth
-    groups = weight.shape[0] // tile.members
+    weight, depth = head.weight, tile.block_depth
+    stride = weight.stride(0)
+    groups = partition.groups
     flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
     a = TensorDescriptor(x, [rows, d_model], [x.stride(0), 1], [tile.block_rows, depth], flat)
     b = TensorDescriptor(
         weight, [tile.members, groups, d_model], [groups * stride, stride, 1], [tile.members, 8, depth], deep
     )
-    _overlapped[(row_blocks * splits,)](
-        a, b, bias, target_logits, state, keys,
-        rows, weight.shape[0], groups, tiles, per_split, row_blocks, splits, slots8, scale, softcap or 1.0, key_mask,
+    _overlapped[(partition.row_blocks * partition.splits,)](
+        a, b, target_logits, state, group_maxima,
+        rows, head.vocab, groups, partition.tiles, partition.tiles_per_split, partition.row_blocks, partition.splits,
+        partition.slots // 8, partition.place_mask, **head_arguments(head),
         BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(d_model, depth), STAGES=tile.stages,
-        BAND=band, MERGED=tile.merged,
-        BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
-        ENTROPY=entropy, RANK=target_logits is not None, TOP=keys is not None,
-        num_warps=tile.warps // 2, enable_fp_fusion=True,
+        BAND=partition.band, MERGED=tile.merged, **asked, num_warps=tile.warps // 2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -13,6 +13,7 @@ search adds to it.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -26,11 +27,14 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.state import State, key_ids
+from tuned_lens_fast.engines.statistics import LSE, STATISTICS
 from tuned_lens_fast.kernels import launch
-from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.launch import Tile
-from tuned_lens_fast.kernels.statistics import RowStatistics, vocabulary_statistics
+from tuned_lens_fast.kernels.target_logits import target_logits
 from tuned_lens_fast.kernels.top_k import serves, top_k
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 #: As far as two tiles' sums of the same products may be apart, in nats.
 TOLERANCE = 2e-3
@@ -70,30 +74,23 @@ def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
                 yield tile
 
 
-def search(
-    x: Tensor, weight: Tensor, tiles: Sequence[Tile], *, keys: bool, precision: str = "ieee", rounds: int = 10
-) -> dict[Tile, float]:
-    """Median seconds of one pass of x ``[rows, d_model]`` over weight ``[vocab, d_model]``, of those that work.
+def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, rounds: int = 10) -> dict[Tile, float]:
+    """Median seconds of one pass of x ``[rows, d_model]`` over the head, of those tiles that work.
 
     Raises:
         RuntimeError: the first tile, which says what is right, does not work.
     """
-    calls: dict[Tile, Callable[[], RowStatistics]] = {}
+    calls: dict[Tile, Callable[[], tuple[State, Tensor | None]]] = {}
     expected: tuple[Tensor, Tensor] | None = None
-    alike = weight[:1].repeat(min(len(weight), 4096), 1)  # of these, every token's logit is the largest
-    targets = torch.arange(len(x), device=x.device) % len(alike)
+    alike = Head(head.weight[:1].repeat(min(head.vocab, 4096), 1))  # of these, every token's logit is the largest
+    targets = torch.arange(len(x), device=x.device) % alike.vocab
     for tile in tiles:
-        whole = replace(tile, merged=launch.merged_tiles(len(weight), tile, 10)) if keys else tile
-
-        def call(whole: Tile = whole) -> RowStatistics:
-            return vocabulary_statistics(
-                x, weight, None, 1.0, None, whole, entropy=True, keys=keys, precision=precision
-            )
-
+        whole = replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10)) if with_top_k else tile
+        one_pass = functools.partial(vocabulary_pass, x, head, whole, entropy=True, group_maxima=with_top_k)
         try:
-            sums, best = _answer(call(), x, weight, whole)
-            gathered = target_logits(x, alike, None, 1.0, None, targets, whole, precision)
-            groups = vocabulary_statistics(x, alike, None, 1.0, None, whole, keys=True, precision=precision).keys
+            sums, best = _answer(*one_pass(), x, head, whole)
+            gathered = target_logits(x, alike, targets, whole)
+            _, groups = vocabulary_pass(x, alike, whole, group_maxima=True)
             assert groups is not None
             same = torch.equal(gathered, groups[:, 0].amax(1))
         except Exception as error:  # beyond the GPU's resources, or Triton's
@@ -109,7 +106,7 @@ def search(
         elif not same:
             print(f"{tile}: a gathered target's logit is not its tile's", file=sys.stderr)
         else:
-            calls[tile] = call
+            calls[tile] = one_pass
     seconds: dict[Tile, list[float]] = {tile: [] for tile in calls}
     for _ in range(rounds):
         for tile, call in calls.items():
@@ -121,18 +118,20 @@ def search(
     return {tile: statistics.median(some) for tile, some in seconds.items()}
 
 
-def _answer(found: RowStatistics, x: Tensor, weight: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+def _answer(state: State, group_maxima: Tensor | None, x: Tensor, head: Head, tile: Tile) -> tuple[Tensor, Tensor]:
     """lse and entropy ``[2, rows]``, and every row's top ids ``[rows, 10]`` in ascending order, or fewer.
 
     -1 where the kernels hand a row back; ``[rows, 0]`` where no top k is wanted, or for too small a vocabulary.
     """
-    assert found.entropy is not None
-    sums = torch.stack([found.normaliser.sum(0), found.entropy])
-    k = next((k for k in (10, 5, 1) if found.keys is not None and serves(k, found.keys.shape[2])), 0)
-    if found.keys is None or not k:
+    formulas = LSE.formula, STATISTICS["entropy"].formula
+    sums = torch.stack([formula(state) for formula in formulas if formula is not None])
+    k = next((k for k in (10, 5, 1) if group_maxima is not None and serves(k, group_maxima.shape[2])), 0)
+    if group_maxima is None or not k:
         return sums, torch.empty(len(x), 0, dtype=torch.int64)
-    ids, _, back = top_k(x, weight, None, 1.0, None, found.keys, found.normaliser, k, tile)
-    return sums, ids.masked_fill(back[:, None], -1).sort(1).values
+    found = top_k(x, head, group_maxima, state, k, tile)
+    assert found.top is not None
+    assert found.unsure is not None
+    return sums, key_ids(found.top).masked_fill(found.unsure[:, None], -1).sort(1).values
 
 
 def _differ(ids: Tensor, others: Tensor) -> float:
@@ -178,9 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("search: PyTorch sees no NVIDIA GPU", file=sys.stderr)
         return 1
-    dtype, keys = getattr(torch, options.dtype), not options.without_top_k
+    dtype, with_top_k = getattr(torch, options.dtype), not options.without_top_k
     device = torch.device("cuda", torch.cuda.current_device())
-    built_in = launch.built_in_tile(launch.architecture(device), dtype, options.d_model, options.precision, keys)
+    built_in = launch.built_in_tile(launch.architecture(device), dtype, options.d_model, options.precision, with_top_k)
+    built_in = replace(built_in, precision=options.precision)
     x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
     weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
     tiles = list(candidates(built_in, dtype.itemsize))
@@ -188,10 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launch.architecture(device)[0] != 9 or dtype.itemsize != 2 or not built_in.tma:
             parser.error("--overlapped: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model")
         tiles = [built_in, *overlapped_candidates(options.d_model)]
-    found = search(x, weight, tiles, keys=keys, precision=options.precision)
+    found = search(x, Head(weight), tiles, with_top_k=with_top_k)
     for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")
-    key = launch.entry_key(device, dtype, options.d_model, options.precision, keys)
+    key = launch.entry_key(device, dtype, options.d_model, options.precision, with_top_k)
     add_entry(options.out, key, min(found, key=found.__getitem__))
     print(f"{options.out}: {key}")
     return 0

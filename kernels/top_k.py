@@ -1,4 +1,4 @@
-"""The exact top k from what the statistics kernel keeps of every group of columns.
+"""The exact top k from what the vocabulary pass keeps of every group of columns.
 
 Of a group there are two numbers: its largest logit, and its second largest with the lowest mantissa bits (6, with 64
 members) replaced by the place of the largest, off by at most 2^-17 of its value. Three steps, a program a row each:
@@ -15,30 +15,50 @@ engine decodes it again with all its logits. That takes many equal or nearly equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuned_lens_fast.kernels.launch import Tile
-from tuned_lens_fast.kernels.logits import MASKED, token_of, transform
+from tuned_lens_fast.engines import state as running
+from tuned_lens_fast.engines.state import State
+from tuned_lens_fast.kernels.launch import Tile, head_arguments
+from tuned_lens_fast.kernels.logits import MASKED, finish_logits, token_of
 
+if TYPE_CHECKING:
+    from tuned_lens_fast.engines.interface import Head
+
+#: engines/state.py's key that stands for no token.
+NO_KEY = tl.constexpr(running.NO_KEY)
 #: The largest k these kernels serve; beyond it the engine keeps all logits of a few rows at a time.
 LARGEST_K = 128
 
 
 @triton.jit(do_not_specialize=["slots8", "groups"])
 def _candidates(
-    keys, logits, ids, groups_to_search, counts, slots8, groups,
-    K: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr,
-    SEARCHED: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+    group_maxima,  # fp32 [rows, 2, slots]
+    logits,  # fp32 [rows, PLACES]: of candidates
+    ids,  # int32 [rows, PLACES]: theirs
+    groups_to_search,  # int32 [rows, SEARCHED]
+    counts,  # int32 [rows, 2]: candidates that are known, and groups to search
+    slots8,
+    groups,
+    K: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MERGED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Step 1, a program a row: groups that may hold some of the top k."""
     WIDTH: tl.constexpr = MEMBERS * MERGED
     row = tl.program_id(0).to(tl.int64)
     slots = slots8 * 8
-    largest = keys + row * 2 * slots
+    largest = group_maxima + row * 2 * slots
     column = tl.arange(0, SEGMENTS)
     # The k-th largest of SEGMENTS maxima is no larger than the k-th largest logit, and seldom much smaller.
     maxima = tl.full((SEGMENTS,), 2 * MASKED, tl.float32)
@@ -72,9 +92,22 @@ def _candidates(
 
 
 @triton.jit
-def _dots(x_row, w, bias, token, wanted, stride_w, scale, softcap,
-          D: tl.constexpr, BK: tl.constexpr, N: tl.constexpr,
-          BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+def _dots(
+    x_row,  # [D]
+    w,  # [V, D]
+    bias,  # [V]
+    token,  # int [N]
+    wanted,  # bool [N]
+    stride_w,
+    scale,
+    softcap,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+    N: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """Logits of N tokens of one row: fp32 products and sums."""
     row_of_w = w + token.to(tl.int64)[:, None] * stride_w
     acc = tl.zeros((N, BK), tl.float32)
@@ -83,18 +116,36 @@ def _dots(x_row, w, bias, token, wanted, stride_w, scale, softcap,
         a = tl.load(x_row + depth, mask=depth < D, other=0.0).to(tl.float32)
         b = tl.load(row_of_w + depth[None, :], mask=wanted[:, None] & (depth < D)[None, :], other=0.0).to(tl.float32)
         acc = tl.fma(b, a[None, :].broadcast_to(N, BK), acc)
-    z = tl.sum(acc, 1)
-    if BIAS:
-        z += tl.load(bias + token, mask=wanted, other=0.0).to(tl.float32)
-    return transform(z, scale, softcap, SCALE, SOFTCAP)
+    return finish_logits(tl.sum(acc, 1), bias, token, wanted, scale, softcap, BIAS, SCALE, SOFTCAP, False)
 
 
 @triton.jit(do_not_specialize=["groups", "vocab"])
 def _searched_logits(
-    x, w, bias, groups_to_search, counts, logits, ids, groups, vocab, stride_x, stride_w, scale, softcap,
-    D: tl.constexpr, BK: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, TOKENS: tl.constexpr,
-    SEARCHED: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    x,  # [rows, D]
+    w,  # [V, D]
+    groups_to_search,  # int32 [rows, SEARCHED]
+    counts,  # int32 [rows, 2]
+    logits,  # fp32 [rows, PLACES]
+    ids,  # int32 [rows, PLACES]
+    groups,
+    vocab,
+    stride_x,
+    stride_w,
+    bias,  # [V]
+    scale,
+    softcap,
+    D: tl.constexpr,
+    BK: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MERGED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    PLACES: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Step 2, a program a row: the logits of all members of the groups to search."""
     WIDTH: tl.constexpr = MEMBERS * MERGED
     STEP: tl.constexpr = 8
     row = tl.program_id(0).to(tl.int64)
@@ -111,27 +162,39 @@ def _searched_logits(
         tl.store(ids + row * PLACES + TOKENS + place, token)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _order(
-    logits, ids, counts, normaliser, top_ids, top_log_probs, rows,
-    K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, PLACES: tl.constexpr,
-):  # fmt: skip
+    logits,  # fp32 [rows, PLACES]
+    ids,  # int32 [rows, PLACES]
+    counts,  # int32 [rows, 2]
+    log_s,  # fp32 [rows], NaN in a row of which nothing can be said
+    top,  # int64 [rows, K]: keys, see engines/state.py
+    unsure,  # bool [rows]
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """Step 3, a program a row: the K best candidates, and whether there was no room for all."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)
     n_tokens = tl.load(counts + row * 2)
-    n_searched = tl.load(counts + row * 2 + 1) * WIDTH
-    used = tl.where(place < TOKENS, place < n_tokens, place - TOKENS < n_searched)
+    n_searched = tl.load(counts + row * 2 + 1)
+    used = tl.where(place < TOKENS, place < n_tokens, place - TOKENS < n_searched * WIDTH)
     z = tl.load(logits + row * PLACES + place, mask=used, other=float("-inf"))
     token = tl.load(ids + row * PLACES + place, mask=used & (z > float("-inf")), other=2147483647)
-    m = tl.load(normaliser + row)
-    log_s = tl.load(normaliser + rows + row)
-    known = log_s == log_s
+    row_log_s = tl.load(log_s + row)
+    known = row_log_s == row_log_s
     for k in range(K):
         best = tl.max(z, 0)
         first = tl.min(tl.where(z == best, token, 2147483647), 0)
-        tl.store(top_ids + row * K + k, tl.where(known, first, -1).to(tl.int64))
-        tl.store(top_log_probs + row * K + k, tl.where(known, (best - m) - log_s, float("nan")))
+        bits = (best + 0.0).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
+        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+        key = (ordered << 32) | (0xFFFFFFFF - first.to(tl.int64))
+        tl.store(top + row * K + k, tl.where(known, key, NO_KEY))
         z = tl.where(token == first, float("-inf"), z)
+    tl.store(unsure + row, known & ((n_tokens > TOKENS) | (n_searched > SEARCHED)))
 
 
 @dataclass(frozen=True)
@@ -158,24 +221,19 @@ def serves(top_k: int, slots: int) -> bool:
     return top_k <= LARGEST_K and slots >= 8 * top_k
 
 
-def top_k(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, keys: Tensor,
-    normaliser: Tensor, k: int, tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The k most likely tokens of every row, the most likely first, ties to the lower id.
+def top_k(x: Tensor, head: Head, group_maxima: Tensor, state: State, k: int, tile: Tile) -> State:
+    """``state`` with the k most likely tokens of every row, the most likely first, ties to the lower id.
+
+    It is ``unsure`` of rows that had too many candidates.
 
     Args:
-        x: [rows, d_model]. weight: [vocab, d_model]. bias: [vocab] or None. scale, softcap: see ``Head``.
-        keys: [rows, 2, slots] and normaliser: [2, rows], both from ``vocabulary_statistics`` with the same tile.
-
-    Returns:
-        ids int64 [rows, k] and log-probs fp32 [rows, k], nats (-1 and NaN in a row whose normaliser is NaN), and
-        bool [rows]: the row had too many candidates, and its ids are not to be used.
+        x: ``[rows, d_model]`` in the head's dtype.
+        group_maxima, state: both from ``vocabulary_pass`` with the same tile.
     """
     rows, d_model = x.shape
-    slots = keys.shape[2]
+    slots = group_maxima.shape[2]
     members = tile.members
-    groups = weight.shape[0] // members
+    groups = head.vocab // members
     room = Room.of(k, tile)
     device = x.device
     searched = torch.empty(rows, room.searched, dtype=torch.int32, device=device)
@@ -183,24 +241,19 @@ def top_k(
     logits = torch.empty(rows, room.places, dtype=torch.float32, device=device)
     ids = torch.empty(rows, room.places, dtype=torch.int32, device=device)
     segments = 1024 if slots > 2048 else 512
+    room_for = {"TOKENS": room.tokens, "SEARCHED": room.searched, "PLACES": room.places}
     _candidates[(rows,)](
-        keys, logits, ids, searched, counts, slots // 8, groups,
-        K=k, MEMBERS=members, MERGED=tile.merged, SEGMENTS=segments, TOKENS=room.tokens, SEARCHED=room.searched,
-        PLACES=room.places, num_warps=4,
+        group_maxima, logits, ids, searched, counts, slots // 8, groups,
+        K=k, MEMBERS=members, MERGED=tile.merged, SEGMENTS=segments, **room_for, num_warps=4,
     )  # fmt: skip
     _searched_logits[(rows,)](
-        x, weight, bias, searched, counts, logits, ids, groups, weight.shape[0],
-        x.stride(0), weight.stride(0), scale, softcap or 1.0,
-        D=d_model, BK=min(512, triton.next_power_of_2(d_model)), MEMBERS=members, MERGED=tile.merged,
-        TOKENS=room.tokens, SEARCHED=room.searched, PLACES=room.places,
-        BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap is not None,
-        num_warps=4, enable_fp_fusion=True,
+        x, head.weight, searched, counts, logits, ids, groups, head.vocab, x.stride(0), head.weight.stride(0),
+        **head_arguments(head), D=d_model, BK=min(512, triton.next_power_of_2(d_model)),
+        MEMBERS=members, MERGED=tile.merged, **room_for, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    top_ids = torch.empty(rows, k, dtype=torch.int64, device=device)
-    top_log_probs = torch.empty(rows, k, dtype=torch.float32, device=device)
+    top = torch.empty(rows, k, dtype=torch.int64, device=device)
+    unsure = torch.empty(rows, dtype=torch.bool, device=device)
     _order[(rows,)](
-        logits, ids, counts, normaliser, top_ids, top_log_probs, rows,
-        K=k, WIDTH=members * tile.merged, TOKENS=room.tokens, PLACES=room.places, num_warps=1,
-    )  # fmt: skip
-    overflow = (counts[:, 0] > room.tokens) | (counts[:, 1] > room.searched)
-    return top_ids, top_log_probs, overflow & ~normaliser[1].isnan()
+        logits, ids, counts, state.log_s, top, unsure, K=k, WIDTH=members * tile.merged, **room_for, num_warps=1
+    )
+    return replace(state, top=top, unsure=unsure)

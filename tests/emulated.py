@@ -63,14 +63,14 @@ def amx_matmul(x: Tensor, weight: Tensor, most: int, z: Tensor) -> None:
     _call("amx", "amx_matmul", x, *of_x, weight, *weight.shape, weight.stride(0), split, z, z.stride(0))
 
 
-def tile_pass(z, first, targets, threshold, m, s, t, r, target, top, rescale) -> None:
+def tile_pass(z, first, targets, threshold, sums, r, target, top, rescale) -> None:
     """The operator of that name, by its CUDA kernel on threads of the CPU."""
     shape = (z.shape[0], z.stride(0), z.shape[1], first)
     k = 0 if top is None else top.shape[1]
-    _call("cuda", "tile_pass", z, *shape, targets, threshold, m, s, t, r, target, top, k, rescale)
+    _call("cuda", "tile_pass", z, *shape, targets, threshold, sums, r, target, top, k, rescale)
 
 
-def tile_divergences(z_p, z_q, m_p, log_s_p, m_q, log_s_q, *outs) -> None:
+def tile_divergences(z_p, z_q, normaliser_p, normaliser_q, with_js, sums) -> None:
     """The operator of that name, by its CUDA kernel on threads of the CPU."""
     shape = (z_p.stride(0), z_q.stride(0), z_q.shape[1], z_p.shape[0], z_q.shape[0])
-    _call("cuda", "tile_divergences", z_p, z_q, *shape, m_p, log_s_p, m_q, log_s_q, *outs)
+    _call("cuda", "tile_divergences", z_p, z_q, *shape, normaliser_p, normaliser_q, sums)

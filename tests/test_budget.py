@@ -10,22 +10,22 @@ from hypothesis import strategies as st
 from tiny_models import LAYERS, VOCAB, tiny
 
 import tuned_lens_fast as tl
+from tuned_lens_fast.budget import plan
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.interface import STATISTICS, BudgetError, Head, Norm, Query, Translator
-from tuned_lens_fast.streaming import prepare, stream
+from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.statistics import STATISTICS
+from tuned_lens_fast.streaming import prepare
 
 
 def planned(batch, positions, budget, *, layers=3, d_model=32, vocab=101, stats=frozenset(), top_k=0, **options):
     head = Head(torch.empty(vocab, d_model, device="meta"))
     translator = Translator(torch.empty(d_model, d_model, device="meta"))
-    return budget.plan(
+    return plan(
         batch,
         positions,
         engine=ENGINES["eager"],
         hidden=torch.float32,
-        translators=[translator] * layers,
-        norm=Norm("identity"),
-        head=head,
+        readout=Readout((translator,) * layers, Norm("identity"), head),
         query=Query(stats, top_k=top_k),
         memory_budget=budget,
         **options,
@@ -39,7 +39,7 @@ def planned(batch, positions, budget, *, layers=3, d_model=32, vocab=101, stats=
     st.integers(0, 40),
     st.sampled_from([16, 576, 4096]),
     st.sampled_from([30, 128_256]),
-    st.sets(st.sampled_from(STATISTICS)),
+    st.sets(st.sampled_from([*STATISTICS])),
     st.sampled_from([0, 1, 10]),
     st.none() | st.integers(1, 100_000),
 )
@@ -144,7 +144,7 @@ def test_a_chunks_states_are_gone_before_the_next(llama):
 
     hooks = [block.register_forward_pre_hook(watch) for block in llama.model.layers]
     ids = torch.arange(3, 33).view(1, 30)
-    for _ in stream(llama, tl.LogitLens.from_model(llama), ids, boundaries=[5, 10, 15, 20, 25, 30]):
+    for _ in prepare(llama, tl.LogitLens.from_model(llama), ids, boundaries=[5, 10, 15, 20, 25, 30]).run():
         pass
     for hook in hooks:
         hook.remove()

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
 from tuned_lens_fast.engines.eager import EagerEngine, plan
-from tuned_lens_fast.engines.interface import NO_TARGET, STATISTICS, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.matmul import Matmul
+from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
 
 BUDGET = 256 * 2**20
 ENGINE = EagerEngine()
@@ -23,12 +25,12 @@ def engine(request, monkeypatch):
 
     Those are the one that it takes here, PyTorch's, and AMX's, in software where there is none.
     """
-    name, _, product = request.param.partition("-")
+    name, _, matmul = request.param.partition("-")
     reason = ENGINES[name].unavailable(torch.device("cpu"))
-    if product == "torch":
+    if matmul == "torch":
         monkeypatch.setattr(native, "has_amx", lambda: False)
         monkeypatch.setattr(native, "has_fma", lambda: False)
-    if reason is None and product == "amx" and not native.has_amx():
+    if reason is None and matmul == "amx" and not native.has_amx():
         if emulated.COMPILER is None:
             reason = "there is no AMX here, and no GCC to do without"
         monkeypatch.setattr(native, "has_amx", lambda: True)
@@ -69,7 +71,7 @@ def inputs(layers, positions, d_model, vocab, *, dtype=torch.float32, seed=0, sp
 
 def check(hidden, translators, norm, head, query, *, x=None, budget=BUDGET, scale=None):
     """Run the engine; compare with float64 from hidden states, or from the x given."""
-    found = ENGINE.decode(hidden, translators, norm, head, query, budget)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, budget)
     x = reference.head_inputs(hidden, translators, norm) if x is None else x
     against = None if query.reference is None else reference.logits(query.reference, head)
     reference.check(
@@ -123,7 +125,7 @@ def test_vocabulary_pass_of_every_dtype_given_x(dtype, spread):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_further_from_float64_than_plain_pytorch(dtype):
     hidden, translators, norm, head, query = inputs(4, 50, 64, 700, dtype=dtype, spread=3)
-    found = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     truth = reference.statistics(
         reference.logits(reference.head_inputs(hidden, translators, norm), head), targets=query.targets
     )
@@ -157,21 +159,21 @@ def test_norms(norm):
 def test_a_norm_module_runs_in_its_own_dtype():
     hidden, translators, _, head, query = inputs(2, 20, 24, 300)
     module = torch.nn.LayerNorm(24).to(torch.bfloat16)
-    found = ENGINE.decode(hidden, translators, Norm("module", module=module), head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, Norm("module", module=module), head), query, BUDGET)
     x = torch.stack(
         [
             module((h if t is None else h + h @ t.weight.T + t.bias).bfloat16()).float()
             for h, t in zip(hidden, translators, strict=True)
         ]
     )
-    same = ENGINE.decode([*x], [None, None], Norm("identity"), head, query, BUDGET)
+    same = ENGINE.decode([*x], Readout([None, None], Norm("identity"), head), query, BUDGET)
     torch.testing.assert_close(found["lse"], same["lse"], atol=1e-3, rtol=0)
 
 
 def test_a_residual_beyond_fp16_and_a_bf16_translator():
     hidden, _, norm, head, query = inputs(2, 20, 64, 300, dtype=torch.float16)
     translator = Translator(torch.randn(64, 64).bfloat16(), torch.full((64,), 1e5).bfloat16())
-    found = ENGINE.decode(hidden, [translator, None], norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([translator, None], norm, head), query, BUDGET)
     assert all(value.isfinite().all() for name, value in found.items() if name != "log_prob")
 
 
@@ -183,7 +185,7 @@ def test_large_logits_do_not_cancel(offset):
     bias = torch.full((600,), offset)
     head = Head(head.weight, bias=bias)
     query = Query(query.stats, query.targets, query.reference, query.watch, 10)
-    found = ENGINE.decode(hidden, [None, None], Norm("identity"), head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([None, None], Norm("identity"), head), query, BUDGET)
     # The bias rounds every logit to 6e-5, before any statistic: compare with float64 of the rounded ones.
     z = (torch.stack(hidden) @ head.weight.T).add(bias)
     want = reference.statistics(z, targets=query.targets)
@@ -210,7 +212,7 @@ def test_a_target_of_probability_nearly_one():
     hidden[0][:, 7] = torch.tensor([17.0, 25.0])
     query = Query(frozenset({"log_prob", "rank", "entropy", "max_prob"}), torch.tensor([7, 7]))
     check(hidden, [None], Norm("identity"), Head(weight), query)
-    found = ENGINE.decode(hidden, [None], Norm("identity"), Head(weight), query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([None], Norm("identity"), Head(weight)), query, BUDGET)
     want = -torch.log1p(63 * torch.exp(-torch.tensor([17.0, 25.0], dtype=torch.float64)))
     torch.testing.assert_close(found["log_prob"][0].double(), want, atol=1e-7, rtol=0.05)
 
@@ -223,7 +225,7 @@ def test_ties_go_to_the_lower_id_within_and_across_tiles():
     hidden = [torch.randint(-2, 3, (30, 8)).float()]
     targets = torch.randint(0, 1000, (30,))
     query = Query(frozenset({"rank"}), targets, top_k=300)
-    found = ENGINE.decode(hidden, [None], Norm("identity"), Head(weight), query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([None], Norm("identity"), Head(weight)), query, BUDGET)
     z = (hidden[0] @ weight.T)[None]
     want = reference.statistics(z, targets=targets, top_k=300)
     assert torch.equal(found["top_ids"], want["top_ids"])
@@ -241,16 +243,16 @@ def test_equal_rows_of_w_never_outrank_each_other(scale_of_rows):
     hidden[0][:, :] = weight[0] / 8 + hidden[0] / 100
     targets = torch.arange(70) * 7
     query = Query(frozenset({"rank"}), targets, top_k=5)
-    found = ENGINE.decode(hidden, [None] * 2, Norm("identity"), Head(weight), query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([None] * 2, Norm("identity"), Head(weight)), query, BUDGET)
     assert (found["rank"][0] == 1).all()
     assert (found["top_ids"][0] == torch.arange(5) * 7).all()
 
 
 def test_rank_one_is_the_top_token_and_its_log_prob_the_same():
     hidden, translators, norm, head, query = inputs(3, 60, 64, 900)
-    first = ENGINE.decode(hidden[:1], translators[:1], norm, head, query, BUDGET)["top_ids"][0, :, 0]
+    first = ENGINE.decode(hidden[:1], Readout(translators[:1], norm, head), query, BUDGET)["top_ids"][0, :, 0]
     query = Query(frozenset({"rank", "log_prob"}), first, top_k=1)
-    found = ENGINE.decode(hidden[:1], translators[:1], norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden[:1], Readout(translators[:1], norm, head), query, BUDGET)
     assert (found["rank"] == 1).all()
     assert torch.equal(found["log_prob"], found["top_log_probs"][..., 0])
 
@@ -269,7 +271,7 @@ def test_masked_tokens(masked):
 def test_nothing_but_masked_tokens_is_no_distribution():
     hidden, translators, norm, head, query = inputs(1, 4, 32, 50)
     found = ENGINE.decode(
-        hidden, translators, norm, Head(head.weight, bias=torch.full((50,), -math.inf)), query, BUDGET
+        hidden, Readout(translators, norm, Head(head.weight, bias=torch.full((50,), -math.inf))), query, BUDGET
     )
     assert_void(found, (0, slice(None)))
 
@@ -288,10 +290,10 @@ def assert_void(found, at):
 @pytest.mark.usefixtures("small_tiles")
 def test_a_bad_position_harms_itself_only(bad):
     hidden, translators, norm, head, query = inputs(3, 80, 32, 700)
-    clean = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    clean = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     hidden[1] = hidden[1].clone()
     hidden[1][7, 3] = bad
-    found = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     assert_void(found, (1, 7))
     others = torch.ones(3, 80, dtype=torch.bool)
     others[1, 7] = False
@@ -301,14 +303,14 @@ def test_a_bad_position_harms_itself_only(bad):
 
 def test_a_bad_reference_harms_its_position_only():
     hidden, translators, norm, head, query = inputs(2, 20, 32, 300)
-    clean = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    clean = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     query.reference[5, 1] = math.nan
-    found = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     others = torch.arange(20) != 5
-    for name in query.divergences:
+    for name in DIVERGENCES:
         assert found[name][:, 5].isnan().all(), name
         assert torch.equal(found[name][:, others], clean[name][:, others]), name
-    for name in found.keys() - query.divergences:
+    for name in found.keys() - set(DIVERGENCES):
         assert torch.equal(found[name].nan_to_num(9.0), clean[name].nan_to_num(9.0)), name
 
 
@@ -317,8 +319,8 @@ def test_a_reference_of_masked_tokens_only():
     head = Head(torch.tensor([[-1.0, 0, 0, 0]] * 2), scale=3e38)
     hidden[0][:, 0] = 0.0
     query.reference[:, 0] = torch.tensor([0.0, 9.0, 0.0])
-    found = ENGINE.decode(hidden, [None], Norm("identity"), head, query, BUDGET)
-    for name in query.divergences:
+    found = ENGINE.decode(hidden, Readout([None], Norm("identity"), head), query, BUDGET)
+    for name in DIVERGENCES:
         assert found[name][0].isnan().tolist() == [False, True, False], name
 
 
@@ -326,34 +328,34 @@ def test_an_infinite_logit_is_no_distribution():
     hidden = [torch.ones(2, 4)]
     hidden[0][1] = 3e38
     query = Query(frozenset({"entropy", "rank"}), torch.tensor([0, 0]), top_k=2)
-    found = ENGINE.decode(hidden, [None], Norm("identity"), Head(torch.ones(9, 4)), query, BUDGET)
+    found = ENGINE.decode(hidden, Readout([None], Norm("identity"), Head(torch.ones(9, 4))), query, BUDGET)
     assert_void(found, (0, 1))
     assert found["entropy"][0, 0].isfinite()
 
 
 def test_the_model_against_itself_diverges_by_nothing():
     _, _, _, head, query = inputs(1, 40, 32, 5000, spread=5)
-    found = ENGINE.decode([query.reference], [None], Norm("identity"), head, query, BUDGET)
-    for name in query.divergences:
+    found = ENGINE.decode([query.reference], Readout([None], Norm("identity"), head), query, BUDGET)
+    for name in DIVERGENCES:
         assert (found[name] >= 0).all()
         assert found[name].max() < 1e-5, name
 
 
 def test_what_is_not_asked_for_is_not_there():
     hidden, translators, norm, head, query = inputs(2, 5, 16, 50)
-    assert ENGINE.decode(hidden, translators, norm, head, Query(frozenset()), BUDGET).keys() == {"lse"}
+    assert ENGINE.decode(hidden, Readout(translators, norm, head), Query(frozenset()), BUDGET).keys() == {"lse"}
     for name in STATISTICS:
         alone = Query(frozenset({name}), query.targets, query.reference)
-        found = ENGINE.decode(hidden, translators, norm, head, alone, BUDGET)
+        found = ENGINE.decode(hidden, Readout(translators, norm, head), alone, BUDGET)
         assert found.keys() == {"lse", name}
-        everything = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+        everything = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
         torch.testing.assert_close(found[name], everything[name], equal_nan=True)
 
 
 @pytest.mark.parametrize(("layers", "positions"), [(0, 5), (2, 0), (0, 0)])
 def test_nothing_in_nothing_out(layers, positions):
     hidden, translators, norm, head, query = inputs(layers, positions, 16, 50)
-    found = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     assert found["lse"].shape == (layers, positions if layers else 0)
     assert found["top_ids"].shape[2:] == (10,)
 
@@ -366,13 +368,13 @@ def test_all_of_the_vocabulary_on_top():
 
 def test_non_contiguous_inputs_and_the_same_bits_twice():
     hidden, translators, norm, head, query = inputs(3, 40, 32, 700)
-    found = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    found = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     strided = torch.stack(hidden, dim=-1).unbind(-1)
     head = Head(head.weight.T.contiguous().T)
-    again = ENGINE.decode(strided, translators, norm, head, query, BUDGET)
+    again = ENGINE.decode(strided, Readout(translators, norm, head), query, BUDGET)
     for name, value in found.items():
         torch.testing.assert_close(again[name], value, atol=1e-4, rtol=1e-4, equal_nan=True)
-    twice = ENGINE.decode(strided, translators, norm, head, query, BUDGET)
+    twice = ENGINE.decode(strided, Readout(translators, norm, head), query, BUDGET)
     for name, value in twice.items():
         assert torch.equal(value.nan_to_num(9.0), again[name].nan_to_num(9.0))
 
@@ -392,63 +394,46 @@ def test_any_shape(layers, positions, d_model, vocab, spread, softcap, budget, s
     case = inputs(layers, positions, d_model, vocab, spread=spread, softcap=softcap, seed=seed)
     _, translators, norm, head, query = case
     try:
-        ENGINE.plan(layers, positions, torch.float32, translators, norm, head, query, budget)
+        ENGINE.plan(positions, torch.float32, Readout(translators, norm, head), query, budget)
     except ValueError:
         budget = BUDGET
     check(*case, budget=budget)
 
 
-@pytest.mark.parametrize("rounds_alike", [True, False])
 @pytest.mark.usefixtures("small_tiles")
-def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(rounds_alike, monkeypatch):
+def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(monkeypatch):
     """Every token has an equal, so that a target's logit from another arithmetic would lose or gain a rank."""
-    monkeypatch.setattr(eager, "MIN_TILE", 32)
-    monkeypatch.setattr(eager.Matmul, "narrow_differs", False)
     hidden, _, _, head, query = inputs(2, 40, 32, 1200)
     head = Head(torch.cat([head.weight[:600]] * 2))
     query = Query(frozenset({"rank"}), query.targets)
-    multiply, widths = type(ENGINE.matmul(head, torch.float32)).multiply, []
+    kind = type(ENGINE.matmul(head))
+    multiply = kind.multiply
 
     def rounding_otherwise(self, x, weight):
         z = multiply(self, x, weight)
-        widths.append(z.shape[1])
-        return z if z.shape[1] >= 200 or rounds_alike else z + 1e-4
+        return z if z.shape[1] >= 200 or not self.shape_dependent else z + 1e-4
 
-    monkeypatch.setattr(type(ENGINE.matmul(head, torch.float32)), "multiply", rounding_otherwise)
+    monkeypatch.setattr(kind, "multiply", rounding_otherwise)
     wide = reference.statistics(reference.logits(torch.stack(hidden), head), targets=query.targets)["rank"]
-    for expected in (40, 240):  # columns of the targets' product: the second time it is known whether they do
-        widths.clear()
-        found = ENGINE.decode(hidden, [None, None], Norm("identity"), head, query, BUDGET)
-        assert torch.equal(found["rank"], wide)
-        assert (expected if not rounds_alike else 40) == widths[0]
-    assert eager.Matmul.narrow_differs != rounds_alike
+    found = ENGINE.decode(hidden, Readout([None, None], Norm("identity"), head), query, BUDGET)
+    assert torch.equal(found["rank"], wide)
 
 
 def test_a_wrong_tile_fails():
     """The reference is honest: an engine that forgets one tile, or counts one twice, is found out."""
 
     case = inputs(2, 20, 32, 5000)
-    product = ENGINE.matmul
-    Matmul = type(product(case[3], torch.float32))
+    tiles = Matmul.tiles
 
-    class Forgetful(Matmul):
-        def tiles(self, width):
-            return list(super().tiles(width))[:-1]
+    def forgetful(self, width):
+        return list(tiles(self, width))[:-1]
 
-    class Repeating(Matmul):
-        def tiles(self, width):
-            tiles = list(super().tiles(width))
-            return [*tiles, tiles[0]]
+    def repeating(self, width):
+        return [*tiles(self, width), next(tiles(self, width))]
 
-    for wrong in (Forgetful, Repeating):
-
-        def made_wrong(head, hidden, wrong=wrong):
-            made = product(head, hidden)
-            made.__class__ = wrong
-            return made
-
+    for wrong in (forgetful, repeating):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ENGINE, "product", made_wrong)
+            patch.setattr(Matmul, "tiles", wrong)
             with pytest.raises(AssertionError):
                 check(*case)
 
@@ -460,10 +445,10 @@ class TestPlan:
         query = Query(frozenset(STATISTICS), top_k=10)
         sizes = []
         for budget in (2**28, 2**25, 2**23):
-            cut = plan(30, 2048, 576, self.HEAD, query, 4, budget)
-            assert cut.layers * cut.positions >= 1
-            sizes.append(cut.layers * cut.positions * cut.tile)
-            used = eager.scratch_bytes(cut.layers * cut.positions, cut.tile, 576, self.HEAD, query, 4)
+            tiling = plan(30, 2048, 576, self.HEAD, query, 4, budget)
+            assert tiling.layers * tiling.positions >= 1
+            sizes.append(tiling.layers * tiling.positions * tiling.tile)
+            used = eager.scratch_bytes(tiling.layers * tiling.positions, tiling.tile, 576, self.HEAD, query, 4)
             assert used <= budget
         assert sizes == sorted(sizes, reverse=True)
 
@@ -478,6 +463,6 @@ class TestPlan:
 
     def test_enormous_sizes_fit(self):
         head = Head(torch.empty(300_000, 16_384, dtype=torch.bfloat16, device="meta"))
-        cut = plan(200, 10_000_000, 16_384, head, Query(frozenset(STATISTICS), top_k=100), 4, BUDGET)
-        assert cut.tile >= 128
-        assert cut.positions >= 1
+        tiling = plan(200, 10_000_000, 16_384, head, Query(frozenset(STATISTICS), top_k=100), 4, BUDGET)
+        assert tiling.tile >= 128
+        assert tiling.positions >= 1

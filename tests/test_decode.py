@@ -8,7 +8,7 @@ import torch
 from tiny_models import LAYERS, VOCAB, tiny
 
 import tuned_lens_fast as tl
-from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 D = 32
 

@@ -11,7 +11,7 @@ from all_models import build
 from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 
 import tuned_lens_fast as tl
-from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 
 def ids_of(*shape, seed=0):

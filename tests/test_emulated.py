@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
-from tuned_lens_fast.engines.eager import Matmul
-from tuned_lens_fast.engines.interface import Norm
-from tuned_lens_fast.engines.matmuls import AmxMatmul, bf16_parts
+from tuned_lens_fast.engines.interface import Norm, Readout
+from tuned_lens_fast.engines.matmul import AmxMatmul, Matmul, bf16_parts
 from tuned_lens_fast.engines.native import MOST_IN_PASS
-from tuned_lens_fast.engines.state import EXP_FLOOR, NO_KEY, State, split_keys
+from tuned_lens_fast.engines.state import EXP_FLOOR, NO_KEY, State, key_ids, key_logits
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from cases import DIVERGENCES, ONE_PASS, problem
@@ -94,7 +93,7 @@ class TestAmx:
         monkeypatch.setattr(native, "has_fma", lambda: False)
         for amx in (False, True):
             monkeypatch.setattr(native, "has_amx", lambda amx=amx: amx)
-            sizes = (2, 6, torch.float32, [None, None], Norm("identity"), asked.head, asked.query, 2**28)
+            sizes = (6, torch.float32, Readout([None, None], Norm("identity"), asked.head), asked.query, 2**28)
             cut.append(ENGINES["native"].plan(*sizes))
         plain, split = cut
         assert (plain.layers, plain.positions, plain.tile) == (split.layers, split.positions, split.tile)
@@ -130,19 +129,20 @@ class TestAmx:
         head = dataclasses.replace(head, weight=head.weight.to(dtype))
         monkeypatch.setattr(native, "has_fma", lambda: False)
         monkeypatch.setattr(native, "has_amx", lambda: False)
-        assert type(ENGINES["native"].matmul(head, dtype)) is Matmul
+        assert type(ENGINES["native"].matmul(head)) is Matmul
         monkeypatch.setattr(native, "has_amx", lambda: True)
-        product = ENGINES["native"].matmul(head, dtype)
+        product = ENGINES["native"].matmul(head)
         assert isinstance(product, AmxMatmul) == (split is not None)
         assert split is None or (product.parts, product.most) == split
+
+
+RUNNING = frozenset({"t", "r", "target"})
 
 
 def running(rows, k):
     """The operands of a pass that are the state so far: of nothing yet."""
     return {
-        "m": torch.full((rows,), -INF),
-        "s": torch.zeros(rows),
-        "t": torch.zeros(rows),
+        "sums": torch.tensor([[-INF, 0.0, 0.0]]).repeat(rows, 1),
         "r": torch.zeros(rows, dtype=torch.int64),
         "target": torch.full((rows,), -INF),
         "top": torch.full((rows, k), NO_KEY) if k else None,
@@ -169,33 +169,33 @@ class TestCuda:
         for width in widths:
             tile = z[:, first : first + width]
             emulated.tile_pass(tile.clone(), first, ids, threshold, *state.values(), None)
-            part = State.of_tile(
-                tile.clone(), first, entropy=True, targets=ids, rank=True, threshold=threshold, top_k=k
-            )
+            part = State.of_tile(tile.clone(), first, running=RUNNING, targets=ids, threshold=threshold, top_k=k)
             wanted = part if wanted is None else State.merge(wanted, part)
             first += width
-        for name in ("m", "r", "target"):
+        m, s, t = state["sums"].unbind(1)
+        assert torch.equal(m, wanted.m)
+        for name in ("r", "target"):
             assert torch.equal(state[name], getattr(wanted, name)), name
         if k:
-            for found, expected in zip(split_keys(state["top"]), split_keys(wanted.top), strict=True):
-                assert torch.equal(found, expected)
-        torch.testing.assert_close(state["s"], wanted.s, atol=0, rtol=2e-6)
-        torch.testing.assert_close(state["t"], wanted.t, atol=1e-6, rtol=3e-6)
+            for part in (key_ids, key_logits):
+                assert torch.equal(part(state["top"]), part(wanted.top))
+        torch.testing.assert_close(s, wanted.s, atol=0, rtol=2e-6)
+        torch.testing.assert_close(t, wanted.t, atol=1e-6, rtol=3e-6)
 
     def test_what_may_be_left_out(self):
         z, state = normal(3, 200), running(3, 0)
-        emulated.tile_pass(z.clone(), 0, None, None, *(state[name] for name in "mst"), None, None, None, None)
-        torch.testing.assert_close(state["m"] + state["s"].log(), z.logsumexp(1))
+        emulated.tile_pass(z.clone(), 0, None, None, state["sums"], None, None, None, None)
+        torch.testing.assert_close(state["sums"][:, 0] + state["sums"][:, 1].log(), z.logsumexp(1))
 
     def test_exponentials_stay_in_the_tile(self):
         first, second = normal(4, 300), normal(4, 300, seed=1) * 3
         state, before, rescale = running(4, 0), None, torch.zeros(4)
         for tile in (first, second):
-            before = state["m"].clone()
+            before = state["sums"][:, 0].clone()
             kept = tile.clone()
-            emulated.tile_pass(kept, 0, None, None, *(state[name] for name in "mst"), None, None, None, rescale)
-            torch.testing.assert_close(kept, (tile - state["m"].unsqueeze(1)).exp())
-            torch.testing.assert_close(rescale, (before - state["m"]).clamp(min=EXP_FLOOR).exp())
+            emulated.tile_pass(kept, 0, None, None, state["sums"], None, None, None, rescale)
+            torch.testing.assert_close(kept, (tile - state["sums"][:, :1]).exp())
+            torch.testing.assert_close(rescale, (before - state["sums"][:, 0]).clamp(min=EXP_FLOOR).exp())
 
     def test_no_number_and_infinity(self):
         z = normal(4, 300)
@@ -205,8 +205,8 @@ class TestCuda:
         emulated.tile_pass(
             z[3:].clone(), 0, torch.zeros(1, dtype=torch.int64), None, *(v[3:] for v in alone.values()), None
         )
-        assert state["s"][:2].isnan().all()
-        assert state["s"][2] == 0
+        assert state["sums"][:2, 1].isnan().all()
+        assert state["sums"][2, 1] == 0
         for name, value in state.items():
             assert torch.equal(value[3], alone[name][3]), name
 
@@ -215,7 +215,7 @@ class TestCuda:
         tile = room[1:3, 10:110]
         tile.copy_(normal(2, 100))
         state = running(2, 0)
-        emulated.tile_pass(tile, 0, None, None, *(state[name] for name in "mst"), None, None, None, torch.zeros(2))
+        emulated.tile_pass(tile, 0, None, None, state["sums"], None, None, None, torch.zeros(2))
         assert tile.isfinite().all()
         tile.fill_(NAN)
         assert room.isnan().all()
@@ -236,12 +236,11 @@ def test_divergences_of_certain_and_equal_distributions():
     z_p, z_q = torch.zeros(2, 200), torch.zeros(4, 200)
     z_p[0, 3], z_q[0, 3], z_q[2, 9] = 90, 90, 90
     z_q[3, 100:] = -INF
-    m = [z.amax(1) for z in (z_p, z_q)]
-    log_s = [(z - z.amax(1, keepdim=True)).exp().sum(1).log() for z in (z_p, z_q)]
-    outs = [torch.zeros(4) for _ in range(4)]
-    emulated.tile_divergences(z_p, z_q, m[0], log_s[0], m[1], log_s[1], *outs)
+    normalisers = [torch.stack([z.amax(1), (z - z.amax(1, keepdim=True)).exp().sum(1).log()]) for z in (z_p, z_q)]
+    outs = torch.zeros(4, 4)
+    emulated.tile_divergences(z_p, z_q, *normalisers, True, outs)
     wanted = reference.statistics(z_q.view(2, 2, 200), reference=z_p)
-    for found, name in zip(outs, ("kl", "reverse_kl", "js", "tv"), strict=True):
+    for found, name in zip(outs, native.DIVERGENCES, strict=True):
         expected = wanted[name].flatten()
         assert (found[expected.isinf()] > 1e28).all(), name
         torch.testing.assert_close(

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, native
-from tuned_lens_fast.engines.eager import Matmul
-from tuned_lens_fast.engines.interface import Head, Norm, Query
-from tuned_lens_fast.engines.matmuls import FMA_DTYPES, FmaMatmul
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Readout
+from tuned_lens_fast.engines.matmul import FMA_DTYPES, FmaMatmul, Matmul, _rows_contiguous
 
 pytestmark = pytest.mark.skipif(not native.has_fma(), reason="csrc/'s product is for AVX2 without AVX-512")
 NAN, INF = float("nan"), float("inf")
@@ -20,10 +19,9 @@ def normal(*shape, seed=0):
 
 def product(x, weight):
     """z = x W^T, with W as it lies in memory; that nothing beside z is written is checked."""
-    engine = FmaMatmul(Head(weight), torch.float32)
     room = torch.full((x.shape[0] + 2, weight.shape[0] + 7), NAN)
     z = room[1:-1, 3:-4]
-    engine.run(engine.pack(engine.round(x)), engine.weight(slice(None)), z)
+    torch.ops.tuned_lens_fast.fma_matmul(FmaMatmul(Head(weight)).pack(x).values, _rows_contiguous(weight), z)
     found = z.clone()
     z.fill_(NAN)
     assert room.isnan().all()
@@ -135,13 +133,13 @@ def test_operands_of_other_dtypes_are_refused(which):
 def test_which_heads_it_multiplies(monkeypatch):
     monkeypatch.setattr(native, "has_amx", lambda: False)
     for dtype in FMA_DTYPES:
-        assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=dtype)), dtype)) is FmaMatmul
-    assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=torch.float64)), torch.float64)) is Matmul
+        assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=dtype)))) is FmaMatmul
+    assert type(ENGINES["native"].matmul(Head(torch.zeros(4, 8, dtype=torch.float64)))) is Matmul
 
 
 def test_the_plan_counts_what_the_product_needs(monkeypatch):
     head = Head(torch.zeros(3000, 4096))
-    sizes = (2, 6, torch.float32, [None, None], Norm("identity"), head, Query(frozenset({"entropy"})), 2**28)
+    sizes = (6, torch.float32, Readout([None, None], Norm("identity"), head), Query(frozenset({"entropy"})), 2**28)
     own = ENGINES["native"].plan(*sizes)
     monkeypatch.setattr(native, "has_fma", lambda: False)
     plain = ENGINES["native"].plan(*sizes)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tuned_lens_fast.engines import ENGINES, choose, native
-from tuned_lens_fast.engines.interface import STATISTICS, Head, Norm, Query
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Readout
 from tuned_lens_fast.engines.state import NO_KEY
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"no native engine here: {native.MISSING}")
@@ -27,7 +28,7 @@ def problem(seed=0, layers=2, positions=40, d_model=24, vocab=700):
 
 
 def decode(hidden, head, query):
-    return ENGINES["native"].decode(hidden, [None] * len(hidden), Norm("identity"), head, query, 2**26)
+    return ENGINES["native"].decode(hidden, Readout([None] * len(hidden), Norm("identity"), head), query, 2**26)
 
 
 def assert_same(found, wanted):
@@ -67,9 +68,7 @@ def arguments(rows=5, width=70, k=3):
         "first": 10,
         "targets": targets,
         "threshold": torch.randn(rows, generator=g),
-        "m": torch.zeros(rows),
-        "s": torch.ones(rows),
-        "t": torch.zeros(rows),
+        "sums": torch.tensor([[0.0, 1.0, 0.0]]).repeat(rows, 1),
         "r": torch.zeros(rows, dtype=torch.int64),
         "target": torch.zeros(rows),
         "top": torch.full((rows, k), NO_KEY),
@@ -84,10 +83,8 @@ def test_opcheck_tile_pass(left_out):
 
 
 def test_opcheck_tile_divergences():
-    rows = [torch.randn(6) for _ in range(2)]
-    positions = [torch.randn(3) for _ in range(2)]
-    outs = [torch.zeros(6) for _ in range(4)]
-    values = (torch.randn(3, 50), torch.randn(6, 50), *positions, *rows, *outs)
+    normalisers = torch.randn(2, 3), torch.randn(2, 6)
+    values = (torch.randn(3, 50), torch.randn(6, 50), *normalisers, True, torch.zeros(4, 6))
     torch.library.opcheck(torch.ops.tuned_lens_fast.tile_divergences.default, values)
 
 
@@ -96,8 +93,9 @@ def test_opcheck_tile_divergences():
     [
         ("z", torch.randn(70, 5).t()),
         ("z", torch.randn(5, 70, dtype=torch.float64)),
-        ("m", torch.zeros(4)),
-        ("s", torch.zeros(10)[::2]),
+        ("sums", torch.zeros(4, 3)),
+        ("sums", torch.zeros(5, 4)),
+        ("sums", torch.zeros(5, 6)[:, ::2]),
         ("targets", torch.zeros(5, dtype=torch.int32)),
         ("top", torch.full((5, 6), NO_KEY)[:, ::2]),
     ],
@@ -170,7 +168,7 @@ def test_a_forked_child_decodes():
 @pytest.mark.parametrize("processor", ["plain", "avx2"])
 def test_older_processors(processor):
     """The code for each instruction set is there whatever the processor; the most it may use can be lowered."""
-    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in ("cpu_engines", "products")]
+    tests = [os.path.join(os.path.dirname(__file__), f"test_{name}.py") for name in ("cpu_engines", "matmuls")]
     chosen = "(native and (every_statistic or bad_position)) or against_float64"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *tests, "-k", chosen],

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuned_lens_fast.engines.state import GROUP, NO_KEY, State, split_keys, tile_top_keys, top_keys
+from tuned_lens_fast.engines.state import GROUP, NO_KEY, State, key_ids, key_logits, tile_top_keys, top_keys
 
 D = 3
 LOGITS = st.one_of(
@@ -41,9 +41,8 @@ def states_of(z, cuts, targets, weight, k):
         State.of_tile(
             z[:, a:b].clone(),
             a,
-            entropy=True,
+            running=frozenset({"t", "r", "target"}),
             targets=targets,
-            rank=True,
             threshold=threshold,
             top_k=k,
             weight=weight[a:b],
@@ -59,7 +58,7 @@ def assert_is(state, want, u):
     torch.testing.assert_close(state.u.double(), u, atol=1e-5, rtol=1e-5)
     assert torch.equal(state.r, want["r"])
     assert torch.equal(state.target.double(), want["target"])
-    assert torch.equal(split_keys(state.top)[1], want["ids"])
+    assert torch.equal(key_ids(state.top), want["ids"])
 
 
 @st.composite
@@ -96,13 +95,12 @@ def test_tiles_merge_to_the_row_in_any_order(case):
 @given(st.lists(LOGITS, min_size=1, max_size=40))
 def test_keys_are_the_order_and_come_back(values):
     z = torch.tensor(values)
-    ids = torch.arange(len(z)) + (1 << 31)  # beyond int32
+    ids = torch.arange(len(z)) + (1 << 31) - len(z)  # the largest there are
     keys = top_keys(z, ids)
     order = keys.argsort(descending=True)
     assert torch.equal(order, z.sort(descending=True, stable=True).indices)
-    back, back_ids = split_keys(keys)
-    assert torch.equal(back, z)
-    assert torch.equal(back_ids, ids)
+    assert torch.equal(key_logits(keys), z)
+    assert torch.equal(key_ids(keys), ids)
 
 
 @pytest.mark.parametrize("width", [GROUP * 4, GROUP * 8 + 5, 7])
@@ -110,13 +108,14 @@ def test_keys_are_the_order_and_come_back(values):
 def test_candidates_hold_the_top_k_among_ties(width, k):
     torch.manual_seed(0)
     z = torch.randint(0, 3, (50, width)).float()
-    got = split_keys(tile_top_keys(z, 100, k).topk(k).values)[1]
+    got = key_ids(tile_top_keys(z, 100, k).topk(k).values)
     assert torch.equal(got, 100 + z.sort(dim=1, descending=True, stable=True).indices[:, :k])
 
 
 def test_fewer_tokens_than_k_leave_empty_keys():
     state = State.of_tile(torch.tensor([[2.0, 1.0]]), 5, top_k=4)
-    assert split_keys(state.top[:, :2])[1].tolist() == [[5, 6]]
+    assert key_ids(state.top).tolist() == [[5, 6, -1, -1]]
+    assert key_logits(state.top)[0, 2:].isnan().all()
     assert state.top[0, 2:].tolist() == [NO_KEY, NO_KEY]
 
 
@@ -153,9 +152,27 @@ def test_a_target_outside_the_tile_is_not_found():
 
 def test_equals_are_not_larger_and_the_target_not_behind_itself():
     z = torch.tensor([[1.0, 1.0, 2.0, 1.0]])
-    state = State.of_tile(z.clone(), 0, targets=torch.tensor([1]), rank=True)
+    state = State.of_tile(z.clone(), 0, targets=torch.tensor([1]), running=frozenset({"r"}))
     assert state.r.item() == 1
     # A threshold that rounding put just below the target's own logit.
     below = torch.nextafter(torch.tensor([1.0]), torch.tensor([0.0]))
-    state = State.of_tile(z[:, 1:3].clone(), 1, targets=torch.tensor([1]), rank=True, threshold=below)
+    state = State.of_tile(z[:, 1:3].clone(), 1, targets=torch.tensor([1]), running=frozenset({"r"}), threshold=below)
     assert state.r.item() == 1
+
+
+def test_closing_marks_what_cannot_be_said():
+    """Rows: ordinary, without a target, with a NaN, with nothing but -inf."""
+    torch.manual_seed(0)
+    z = torch.randn(4, 8)
+    z[2, 3] = math.nan
+    z[3] = -math.inf
+    targets = torch.tensor([5, -100, 1, 2])
+    wanted = frozenset({"t", "r", "target"})
+    state = State.of_tile(z.clone(), 0, running=wanted, targets=targets, top_k=2).closed(targets)
+    assert state.s.isnan().tolist() == state.log_s.isnan().tolist() == [False, False, True, True]
+    torch.testing.assert_close((state.m + state.log_s)[:2], z[:2].logsumexp(1))
+    assert state.target[0] == z[0, 5]
+    assert state.target[1].isnan()
+    assert state.r.tolist() == [int((z[0] > z[0, 5]).sum()), -1, -1, -1]
+    assert (key_ids(state.top)[2:] == -1).all()
+    assert (key_ids(state.top)[:2, 0] == z[:2].argmax(1)).all()

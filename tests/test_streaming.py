@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import tuned_lens_fast as tl
 from tuned_lens_fast.engines.interface import BudgetError
-from tuned_lens_fast.streaming import prepare, stream
+from tuned_lens_fast.streaming import prepare
 
 WINDOW = 6
 #: Sliding windows, alone and among full layers; all smaller than some chunks and larger than others.
@@ -145,7 +145,7 @@ def test_a_mask_of_ones_is_none():
 def test_targets_cross_chunks():
     model, ids = tiny("llama"), ids_of(2, 9)
     lens = tl.LogitLens.from_model(model)
-    parts = list(stream(model, lens, ids, boundaries=[4, 5, 9]))
+    parts = list(prepare(model, lens, ids, boundaries=[4, 5, 9]).run())
     assert [(number, at.start, at.stop) for number, at, _ in parts] == [(0, 0, 4), (1, 4, 5), (2, 5, 9)]
     assert torch.equal(torch.cat([part.targets for *_, part in parts], 1)[:, :-1], ids[:, 1:])
     assert parts[0][2].rank[:, :, -1].all()
@@ -169,8 +169,8 @@ def test_only_wanted_chunks(model_type):
     model, ids = build(model_type), ids_of(2, 13)
     lens = tl.LogitLens.from_model(model)
     ends = [3, 6, 7, 11, 13]
-    undisturbed = {number: part for number, _, part in stream(model, lens, ids, boundaries=ends)}
-    parts = stream(model, lens, ids, boundaries=ends, wanted={1, 3}.__contains__)
+    undisturbed = {number: part for number, _, part in prepare(model, lens, ids, boundaries=ends).run()}
+    parts = prepare(model, lens, ids, boundaries=ends).run({1, 3}.__contains__)
     calls = []
     handle = count_calls(model, calls)
     for (number, _, part), expected in zip(parts, (1, 3), strict=True):
@@ -178,7 +178,7 @@ def test_only_wanted_chunks(model_type):
         assert_same(part, undisturbed[number], tolerance=0)
     handle.remove()
     assert [width for _, width in calls] == ([3, 3, 1, 4] if model_type == "llama" else [13, 13])
-    assert not list(stream(model, lens, ids, boundaries=ends, wanted=lambda number: False))
+    assert not list(prepare(model, lens, ids, boundaries=ends).run(lambda number: False))
 
 
 def test_rows_run_in_groups():
@@ -207,7 +207,7 @@ def test_rows_run_in_groups():
 def test_between_chunks_the_model_is_as_it_was():
     model = tiny("llama").train()
     lens = tl.LogitLens.from_model(model)
-    parts = stream(model, lens, ids_of(1, 9), boundaries=[3, 6, 9])
+    parts = prepare(model, lens, ids_of(1, 9), boundaries=[3, 6, 9]).run()
     next(parts)
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -5,6 +5,8 @@ holds the lenses, ``decode`` checks what is asked and returns a ``LensStats``, `
 what the GPU engine runs), and ``data`` puts on disk what is too much to keep.
 """
 
+from importlib.metadata import version
+
 from tuned_lens_fast import load_artifacts, model_surgery, nn
 from tuned_lens_fast.data.dataset import decode_documents
 from tuned_lens_fast.decode import decode_model
@@ -13,7 +15,7 @@ from tuned_lens_fast.models.residual_stream import residual_stream
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed
 from tuned_lens_fast.stats import LensStats
 
-__version__ = "0.1.0"
+__version__ = version("tuned-lens-fast")
 
 __all__ = [
     "Lens",

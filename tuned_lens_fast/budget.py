@@ -6,12 +6,13 @@ package holds: hidden states, statistics, an engine's scratch. The model's own a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tuned_lens_fast.engines.interface import BudgetError, Engine, Head, Norm, Query, Tiling, Translator
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import BudgetError, Query, Readout, Tiling
+from tuned_lens_fast.engines.statistics import asked
 from tuned_lens_fast.engines.tiling import even
 
 
@@ -46,8 +47,8 @@ class MemoryPlan:
         return (
             f"memory budget {_size(self.budget)}: {whole}{rows} at a time, whose hidden states of {self.layers} layers "
             f"and the output take {_size(self.hidden)} and statistics {_size(self.statistics)}; the {self.engine} "
-            f"engine takes {self.tiling.layers * self.tiling.positions:,} rows (layers x positions) with vocabulary tiles of "
-            f"{self.tiling.tile:,} in {_size(self.tiling.scratch)} of scratch; {_size(self.total)} in all"
+            f"engine takes {self.tiling.layers * self.tiling.positions:,} rows (layers x positions) with vocabulary "
+            f"tiles of {self.tiling.tile:,} in {_size(self.tiling.scratch)} of scratch; {_size(self.total)} in all"
         )
 
 
@@ -57,9 +58,7 @@ def plan(
     *,
     engine: Engine,
     hidden: torch.dtype,
-    translators: Sequence[Translator | None],
-    norm: Norm,
-    head: Head,
+    readout: Readout,
     query: Query,
     memory_budget: int,
     chunk: int | None = None,
@@ -70,7 +69,7 @@ def plan(
 
     Args:
         batch, positions: the shape of the prompt.
-        engine, translators, norm, head, query: what will decode it, and the question; see the interface.
+        engine, readout, query: what will decode it, how, and the question.
         hidden: dtype of the hidden states.
         memory_budget: bytes of hidden states, statistics on their way and scratch.
         chunk: positions to run at once; as many as fit if None.
@@ -78,25 +77,25 @@ def plan(
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
     """
-    layers = len(translators)
-    state = (layers * norm.hidden_width(head) + head.weight.shape[1]) * hidden.itemsize  # bytes of a row's position
-    answer = (
-        batch * (layers + 1) * _statistics_bytes(query) * 4
-    )  # an engine's, where it is put, and a data set's tables; all rows
+    layers = len(readout.translators)
+    # Bytes of a row's position.
+    state = (layers * readout.width + readout.head.weight.shape[1]) * hidden.itemsize
+    # Of a position in all rows: an engine's answer, where it is put, and a data set's tables.
+    answer = batch * (layers + 1) * _statistics_bytes(query) * 4
 
-    def cut(states: int, budget: int) -> Tiling:
-        return engine.plan(max(1, layers), states, hidden, translators, norm, head, query, budget)
+    def tiling(states: int, budget: int) -> Tiling:
+        return engine.plan(states, hidden, readout, query, budget)
 
     def filled(rows: int, width: int) -> MemoryPlan:
         held = (rows * width * state, width * answer)
         try:
-            rest = cut(rows * width, memory_budget - sum(held))
+            rest = tiling(rows * width, memory_budget - sum(held))
         except BudgetError as error:
             raise BudgetError(memory_budget, sum(held) + error.smallest) from None
         return MemoryPlan(memory_budget, batch, positions, layers, rows, width, *held, engine.name, rest)
 
     try:
-        granted = cut(max(1, min(batch * positions, memory_budget // state)), memory_budget // 2).scratch
+        granted = tiling(max(1, min(batch * positions, memory_budget // state)), memory_budget // 2).scratch
     except BudgetError as error:
         granted = error.smallest
     room = memory_budget - granted
@@ -119,8 +118,8 @@ def plan(
 
 def _statistics_bytes(query: Query) -> int:
     """Of one layer at one position."""
-    watched = 0 if query.watch is None else len(query.watch)
-    return 4 + sum(8 if name == "rank" else 4 for name in query.stats) + 12 * query.top_k + 4 * watched
+    columns = ((statistic.columns(query), statistic.dtype.itemsize) for statistic in asked(query))
+    return sum((1 if count is None else count) * itemsize for count, itemsize in columns)
 
 
 def _size(count: int) -> str:

@@ -41,7 +41,7 @@ from tuned_lens_fast.data.table import table_of
 from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
-from tuned_lens_fast.engines.interface import STATISTICS
+from tuned_lens_fast.engines.statistics import STATISTICS
 from tuned_lens_fast.load_artifacts import is_model_config, load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.messages import json_text, listed, quoted, shortened

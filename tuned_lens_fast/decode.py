@@ -10,28 +10,25 @@ import itertools
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.interface import Engine, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import DecodableLens, Query, Readout
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
-
-if TYPE_CHECKING:
-    from tuned_lens_fast.nn import Lens
 
 _log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def decode(
-    lens: Lens,
+    lens: DecodableLens,
     hidden_states: Tensor | Sequence[Tensor],
     *,
     layers: Iterable[int] | None = None,
@@ -75,9 +72,7 @@ def decode(
     numbers = check_layers(lens, layers, len(hidden))
     query = check_query(head, lead, targets, reference, top_k, watch, stats)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
-    translators = [lens.translator(number) for number in numbers]
-    budget = check_budget(memory_budget)
-    found = _decode_views(chosen, hidden, translators, lens.unembed.norm, head, query, budget)
+    found = _decode_views(chosen, hidden, Readout.of(lens, numbers), query, check_budget(memory_budget))
     return LensStats(
         **_shaped(found, len(hidden), lead),
         layers=torch.tensor(numbers, dtype=torch.int64),
@@ -87,7 +82,7 @@ def decode(
 
 @overload
 def decode_model(
-    model: Any, lens: Lens, input_ids: Tensor, *,
+    model: Any, lens: DecodableLens, input_ids: Tensor, *,
     attention_mask: Tensor | None = ..., layers: Iterable[int] | None = ...,
     targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Tensor | Sequence[int] | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
@@ -97,7 +92,7 @@ def decode_model(
 
 @overload
 def decode_model(
-    model: Any, lens: Lens, input_ids: Tensor, *,
+    model: Any, lens: DecodableLens, input_ids: Tensor, *,
     attention_mask: Tensor | None = ..., layers: Iterable[int] | None = ...,
     targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Tensor | Sequence[int] | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
@@ -107,7 +102,7 @@ def decode_model(
 
 def decode_model(
     model: Any,
-    lens: Lens,
+    lens: DecodableLens,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -169,13 +164,7 @@ def decode_model(
 
 
 def _decode_views(
-    engine: Engine,
-    entries: Sequence[Tensor],
-    translators: Sequence[Translator | None],
-    norm: Norm,
-    head: Head,
-    query: Query,
-    budget: int,
+    engine: Engine, entries: Sequence[Tensor], readout: Readout, query: Query, budget: int
 ) -> dict[str, Tensor]:
     """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
 
@@ -183,17 +172,12 @@ def _decode_views(
     """
     if all(_flattens(entry) for entry in entries):
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
-        return engine.decode(flat, translators, norm, head, query, budget)
+        return engine.decode(flat, readout, query, budget)
     parts = []
     at_once = entries[0][0].numel() // entries[0].shape[-1]
     for i in range(entries[0].shape[0]):
-        at = slice(i * at_once, (i + 1) * at_once)
-        part = replace(
-            query,
-            targets=None if query.targets is None else query.targets[at],
-            reference=None if query.reference is None else query.reference[at],
-        )
-        parts.append(_decode_views(engine, [entry[i] for entry in entries], translators, norm, head, part, budget))
+        part = query.at(slice(i * at_once, (i + 1) * at_once))
+        parts.append(_decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 

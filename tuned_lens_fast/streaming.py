@@ -10,14 +10,16 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast import budget
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.interface import DIVERGENCES, NO_TARGET, Engine, Head, Norm, Query
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query, Readout
+from tuned_lens_fast.engines.statistics import DIVERGENCES, divergences
 from tuned_lens_fast.engines.tiling import empty_answer, slices
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
@@ -34,36 +36,6 @@ from tuned_lens_fast.validation import (
     kind,
 )
 
-if TYPE_CHECKING:
-    from tuned_lens_fast.nn import Lens
-
-
-def stream(
-    model: Any,
-    lens: Lens,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    boundaries: Sequence[int],
-    wanted: Callable[[int], bool] = lambda number: True,
-    layers: Iterable[int] | None = None,
-    targets: Tensor | Literal["next"] | None = "next",
-    top_k: int = 0,
-    watch: Tensor | Sequence[int] | None = None,
-    stats: Collection[str] | None = None,
-    engine: str = "auto",
-    memory_budget: int | None = None,
-) -> Iterator[tuple[int, slice, LensStats]]:
-    """:meth:`Prepared.run` of chunks that end at ``boundaries``, the last at the prompt's end.
-
-    Everything is checked here, before the first chunk is asked for. Arguments and errors: see :func:`prepare`.
-    """
-    prepared = prepare(
-        model, lens, input_ids, attention_mask, boundaries=boundaries, layers=layers, targets=targets, top_k=top_k,
-        watch=watch, stats=stats, engine=engine, memory_budget=memory_budget,
-    )  # fmt: skip
-    return prepared.run(wanted)
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -73,7 +45,7 @@ class Prepared:
     boundaries: tuple[int, ...]  #: where the chunks of positions end
     recomputes: str | None  #: why every chunk runs the whole prompt anew; None where it continues from a cache
     model: Any
-    lens: Lens
+    lens: DecodableLens
     input_ids: Tensor  #: [batch, positions]
     attention_mask: Tensor | None  #: [batch, positions]
     numbers: tuple[int, ...]  #: the layers of the lens
@@ -127,28 +99,28 @@ class Prepared:
     @torch.no_grad()
     def _decode(self, batch: Sequence[slice], passes: Sequence[ChunkedPass], positions: slice) -> LensStats:
         """The statistics of one chunk: each group of rows through the model and the engine, then the next."""
-        head, norm = self.lens.unembed.head, self.lens.unembed.norm
-        translators = [self.lens.translator(number) for number in self.numbers]
-        layers, width = len(translators), positions.stop - positions.start
+        readout = Readout.of(self.lens, self.numbers)
+        head = readout.head
+        layers, width = len(self.numbers), positions.stop - positions.start
         found = self._room(width)
         for rows, part in zip(batch, passes, strict=True):
             entering, at_head = part(positions)
-            hidden = _rows(entering, head, norm.hidden_width(head))
+            hidden = _rows(entering, head, readout.width)
             (last,) = _rows([at_head], head, head.weight.shape[1])
             del entering, at_head
             query = replace(
                 self.query,
                 targets=None if self.targets is None else self.targets[rows, positions].reshape(-1),
-                reference=last if self.query.divergences else None,
+                reference=last if divergences(self.query) else None,
             )
-            itself = replace(query, stats=query.stats - DIVERGENCES, reference=None)
-            read = self.engine.decode(hidden, translators, norm, head, query, self.plan.scratch) if layers else {}
-            own = self.engine.decode([last], [None], Norm("identity"), head, itself, self.plan.scratch)
+            itself = replace(query, stats=query.stats.difference(DIVERGENCES), reference=None)
+            read = self.engine.decode(hidden, readout, query, self.plan.scratch) if layers else {}
+            own = self.engine.decode([last], Readout.of_output(head), itself, self.plan.scratch)
             for layer, answer in ((slice(layers), read), (slice(layers, None), own)):
                 for name, value in answer.items():
                     found[name][layer, rows] = value.unflatten(1, (-1, width))
             del hidden, last, query
-        for name in self.query.divergences:
+        for name in divergences(self.query):
             found[name][-1] = found["lse"][-1] - found["lse"][-1]  # 0, or NaN where the model's own output is
         return self._shaped(found, positions)
 
@@ -170,7 +142,7 @@ class Prepared:
 
 def prepare(
     model: Any,
-    lens: Lens,
+    lens: DecodableLens,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -237,9 +209,7 @@ def prepare(
         positions,
         engine=chosen,
         hidden=hidden_dtype(model),
-        translators=[lens.translator(number) for number in numbers],
-        norm=lens.unembed.norm,
-        head=head,
+        readout=Readout.of(lens, numbers),
         query=query,
         memory_budget=check_budget(memory_budget),
         chunk=chunk,
@@ -270,7 +240,7 @@ def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return nn.functional.pad(following, (0, 1), value=NO_TARGET)
 
 
-def _check_lens(model: Any, lens: Lens, blocks: int) -> None:
+def _check_lens(model: Any, lens: DecodableLens, blocks: int) -> None:
     """That the lens belongs to the model, as far as their shapes and heads tell."""
     head = lens.unembed.head
     own_head = linear_head(model).weight

@@ -9,16 +9,14 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import DIVERGENCES, NO_TARGET, STATISTICS, Head, Query
+from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query
+from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
 from tuned_lens_fast.models.wrappers import unwrapped
-
-if TYPE_CHECKING:
-    from tuned_lens_fast.nn import Lens
 
 #: Bytes of scratch beyond inputs and results where the caller names none: 256 MiB.
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
@@ -55,7 +53,7 @@ def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: 
     return entries, shape[:-1]
 
 
-def check_layers(lens: Lens, layers: Iterable[int] | None, entries: int) -> list[int]:
+def check_layers(lens: DecodableLens, layers: Iterable[int] | None, entries: int) -> list[int]:
     """The translator number of every entry of hidden_states."""
     count = len(lens) if isinstance(lens, Sized) else getattr(lens.unembed, "num_hidden_layers", None)
     if layers is None:
@@ -126,14 +124,15 @@ def check_query(
         raise ValueError(f"top_k: got {top_k}, wanted 0 to the vocabulary's {vocab}")
     wanted = _check_stats(stats, targets is not None, reference is not None)
     if reference is not None:
-        reference = reference.reshape(-1, d_model) if wanted & DIVERGENCES else None
+        reference = reference.reshape(-1, d_model) if wanted.intersection(DIVERGENCES) else None
     return Query(wanted, targets, reference, watch, top_k)
 
 
 def _check_stats(stats: Collection[str] | None, has_targets: bool, has_reference: bool) -> frozenset[str]:
     """The statistics to compute: those named, or what the inputs allow at the price of one pass."""
+    given = {"targets": has_targets, "reference": has_reference}
     if stats is None:
-        return frozenset(["entropy", "max_prob"] + ["log_prob", "rank"] * has_targets + ["kl"] * has_reference)
+        return frozenset(name for name, s in STATISTICS.items() if s.default and (s.needs is None or given[s.needs]))
     if isinstance(stats, str):
         raise TypeError(f"stats: got the string {stats!r}, wanted a collection of names, such as [{stats!r}]")
     try:
@@ -143,12 +142,10 @@ def _check_stats(stats: Collection[str] | None, has_targets: bool, has_reference
     unknown = sorted(map(str, wanted - set(STATISTICS)))
     if unknown:
         raise ValueError(f"stats: got {', '.join(map(repr, unknown))}, wanted names out of {', '.join(STATISTICS)}")
-    for names, there, missing in (
-        ({"log_prob", "rank"}, has_targets, "targets"),
-        (DIVERGENCES, has_reference, "reference"),
-    ):
-        if wanted & names and not there:
-            raise ValueError(f"stats: {', '.join(sorted(wanted & names))} asked for without {missing}=")
+    for needed, there in given.items():
+        names = sorted(name for name in wanted if STATISTICS[name].needs == needed)
+        if names and not there:
+            raise ValueError(f"stats: {', '.join(names)} asked for without {needed}=")
     return wanted
 
 

@@ -18,7 +18,7 @@ namespace {
 struct Index {
   unsigned x;
 };
-thread_local Index threadIdx, blockIdx;
+thread_local Index threadIdx, blockIdx, gridDim;
 
 constexpr int kBlockSize = 128;
 std::barrier<> together(kBlockSize);
@@ -52,6 +52,7 @@ void run(int64_t blocks, const std::function<void()>& kernel) {
       threadIdx.x = i;
       for (int64_t block = 0; block < blocks; ++block) {
         blockIdx.x = static_cast<unsigned>(block);
+        gridDim.x = static_cast<unsigned>(blocks);
         kernel();
         __syncthreads();
       }
@@ -69,18 +70,16 @@ static_assert(kThreads == kBlockSize);
 
 extern "C" void tile_pass(
     float* z, int64_t rows, int64_t stride, int64_t width, int64_t first, const int64_t* targets,
-    const float* threshold, float* m, float* s, float* t, int64_t* r, float* target, int64_t* top, int64_t k,
-    float* rescale) {
+    const float* threshold, float* sums, int64_t* r, float* target, int64_t* top, int64_t k, float* rescale) {
   const TileArguments arguments{
-      z, stride, width, first, targets, threshold, m, s, t, r, target, top, static_cast<int>(k), rescale};
+      z, stride, width,  first, targets,              threshold, reinterpret_cast<Running*>(sums),
+      r, target, top, static_cast<int>(k), rescale};
   run(rows, [&] { add_tile(arguments); });
 }
 
 extern "C" void tile_divergences(
     const float* z_p, const float* z_q, int64_t stride_p, int64_t stride_q, int64_t width, int64_t positions,
-    int64_t rows, const float* m_p, const float* log_s_p, const float* m_q, const float* log_s_q, float* kl,
-    float* reverse_kl, float* js, float* tv) {
-  const PairArguments arguments{z_p,     z_q, stride_p, stride_q,   width, positions, m_p,
-                                log_s_p, m_q, log_s_q,  kl, reverse_kl, js,    tv};
+    int64_t rows, const float* normaliser_p, const float* normaliser_q, float* sums) {
+  const PairArguments arguments{z_p, z_q, stride_p, stride_q, width, positions, normaliser_p, normaliser_q, sums};
   run(rows, [&] { compare_tiles(arguments); });
 }

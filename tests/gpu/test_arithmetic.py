@@ -4,10 +4,11 @@ import pytest
 import torch
 from cases import problem
 
+from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.engines.triton import TritonEngine
 from tuned_lens_fast.kernels import launch
-from tuned_lens_fast.kernels.gather import target_logits
-from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+from tuned_lens_fast.kernels.target_logits import target_logits
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 
 @pytest.mark.parametrize("vocab", [1_024, 100], ids=["whole tiles", "masked tiles"])
@@ -24,12 +25,12 @@ from tuned_lens_fast.kernels.statistics import vocabulary_statistics
 def test_gathered_logits_are_the_tiles(dtype, d_model, precision, vocab, device):
     """All tokens share one row of W, so that the largest logit is every token's."""
     rows = 1_000
-    tile = launch.statistics_tile(device, dtype, d_model, precision)
+    tile = launch.vocabulary_tile(device, dtype, d_model, precision)
     x = torch.randn(rows, d_model, device=device).to(dtype)
     w = torch.randn(1, d_model, device=device).to(dtype).repeat(vocab, 1)
     targets = torch.randint(vocab, (rows,), device=device)
-    gathered = target_logits(x, w, None, 1.0, None, targets, tile, precision)
-    groups = vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True, precision=precision).keys
+    gathered = target_logits(x, Head(w), targets, tile)
+    _, groups = vocabulary_pass(x, Head(w), tile, group_maxima=True)
     assert torch.equal(gathered, groups[:, 0].amax(1))
 
 

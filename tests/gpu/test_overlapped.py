@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import reference
 import torch
-from test_statistics import ids, operands, statistics_of
+from test_vocabulary_pass import ids, operands, statistics_of
 
 from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch
-from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.search import overlapped_candidates
-from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+from tuned_lens_fast.kernels.target_logits import target_logits
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def test_against_float64(rows, d_model, vocab, merged, dtype, device):
     for tile in overlapped_candidates(d_model):
         x, w = operands(rows, d_model, vocab, dtype, device)
         targets = ids(rows, vocab, device)
-        got = statistics_of(x, Head(w), targets, tile=dataclasses.replace(tile, merged=merged), keys=True)
+        got = statistics_of(x, Head(w), targets, tile=dataclasses.replace(tile, merged=merged), top_k=True)
         reference.check(got, reference.logits(x[None], Head(w)), targets=targets)
 
 
@@ -37,14 +37,15 @@ def test_gathered_logits_are_the_tiles(d_model, device):
         x = torch.randn(1_000, d_model, device=device).bfloat16()
         w = torch.randn(1, d_model, device=device).bfloat16().repeat(1_024, 1)
         targets = torch.randint(1_024, (1_000,), device=device)
-        gathered = target_logits(x, w, None, 1.0, None, targets, tile)
-        groups = vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys
+        gathered = target_logits(x, Head(w), targets, tile)
+        _, groups = vocabulary_pass(x, Head(w), tile, group_maxima=True)
         assert torch.equal(gathered, groups[:, 0].amax(1))
 
 
 def test_the_same_twice(device):
     tile = next(overlapped_candidates(576))
     x, w = operands(2_000, 576, 49_152, torch.bfloat16, device)
-    a, b = (vocabulary_statistics(x, w, None, 1.0, None, tile, entropy=True, keys=True) for _ in range(2))
-    for name in ("normaliser", "entropy", "keys"):
+    (a, maxima), (b, again) = (vocabulary_pass(x, Head(w), tile, entropy=True, group_maxima=True) for _ in range(2))
+    assert torch.equal(maxima, again)
+    for name in ("m", "s", "t", "log_s"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name

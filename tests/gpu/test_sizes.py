@@ -7,7 +7,7 @@ import reference
 import torch
 from cases import ONE_PASS, problem
 
-from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.triton import TritonEngine
 
 GIB = 2**30
@@ -33,7 +33,7 @@ def test_rows_times_d_model_beyond_32_bits(device, needs_memory):
     head = Head((torch.randn(vocab, d_model, device=device) / 4).bfloat16())
     targets = torch.randint(vocab, (rows,), device=device)
     query = Query(ONE_PASS, targets=targets)
-    got = TritonEngine().decode([h], [translator], norm, head, query, 40 * GIB)
+    got = TritonEngine().decode([h], Readout([translator], norm, head), query, 40 * GIB)
     # The rounding of x to bf16 is part of the definition, so x is what float64 starts from.
     at = [0, 1, rows // 2, *range(rows - 1_000, rows)]
     x = reference.head_inputs([h[at]], [translator], norm).to(torch.bfloat16)
@@ -42,7 +42,7 @@ def test_rows_times_d_model_beyond_32_bits(device, needs_memory):
         if name in got and name != "rank":
             # fp32 and float64 may round an element of x to different sides, half a bf16 step away.
             torch.testing.assert_close(got[name][:, at].double(), value, atol=2e-2, rtol=1e-2)
-    alone = TritonEngine().decode([h[at]], [translator], norm, head, Query(ONE_PASS, targets=targets[at]), GIB)
+    alone = TritonEngine().decode([h[at]], Readout([translator], norm, head), Query(ONE_PASS, targets=targets[at]), GIB)
     for name, value in alone.items():
         assert torch.equal(got[name][:, at], value), name
 
@@ -76,7 +76,9 @@ def test_scratch_stays_within_its_budget(mebibytes, device):
     norm = Norm("rms", eps=1e-6)
 
     def decode():
-        return TritonEngine().decode(asked.hidden, translators, norm, asked.head, asked.query, mebibytes * 2**20)
+        return TritonEngine().decode(
+            asked.hidden, Readout(translators, norm, asked.head), asked.query, mebibytes * 2**20
+        )
 
     decode()  # libraries take their workspaces on the first call
     assert peak_of(decode) <= mebibytes * 2**20

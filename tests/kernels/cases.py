@@ -13,7 +13,7 @@ import reference
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query
+from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query, Readout
 
 ONE_PASS = frozenset({"log_prob", "rank", "entropy", "max_prob"})
 DIVERGENCES = frozenset({"kl", "reverse_kl", "js", "tv"})
@@ -29,7 +29,7 @@ class Problem:
 
     def decode(self, engine, memory_budget: int = 2**28) -> dict[str, Tensor]:
         translators = [None] * len(self.hidden)
-        return engine.decode(self.hidden, translators, Norm("identity"), self.head, self.query, memory_budget)
+        return engine.decode(self.hidden, Readout(translators, Norm("identity"), self.head), self.query, memory_budget)
 
     def asking(self, **changes) -> Problem:
         return dataclasses.replace(self, query=dataclasses.replace(self.query, **changes))

@@ -25,21 +25,30 @@ TRITONS = {"installed": None}
 if os.environ.get("TRITON_36_PATH"):
     TRITONS["3.6"] = os.environ["TRITON_36_PATH"]
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-#: Loads and stores of spilled registers: none but in the walk over two tiles and, by newer Tritons than 3.6, in two
+#: Loads and stores of spilled registers: none but in the pass over two tiles and, by newer Tritons than 3.6, in two
 #: groups of warps that take turns; once a tile.
-SPILLS = {"_walk": 64, "_overlapped": 192}
-PRODUCTS = {"_translate", "_statistics", "_overlapped", "_target_logits", "_walk"}
+SPILLS = {"_divergence_pass": 64, "_overlapped": 192}
+PRODUCTS = {"_translate", "_vocabulary_pass", "_overlapped", "_target_logits", "_divergence_pass"}
 
 
 def head(d_model, dtype, vocab=VOCAB):
-    return meta(ROWS, d_model, dtype=dtype), meta(vocab, d_model, dtype=dtype)
+    from tuned_lens_fast.engines.interface import Head
+
+    return meta(ROWS, d_model, dtype=dtype), Head(meta(vocab, d_model, dtype=dtype))
+
+
+def closed(rows):
+    """The state of rows, as a vocabulary pass leaves it."""
+    from tuned_lens_fast.engines.state import State
+
+    return State(*(meta(rows, dtype="float32") for _ in range(3)), log_s=meta(rows, dtype="float32"))
 
 
 def tile_for(x, precision="ieee"):
     from tuned_lens_fast.kernels.launch import built_in_tile, merged_tiles
 
     tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
-    return replace(tile, merged=merged_tiles(VOCAB, tile, 10))
+    return replace(tile, merged=merged_tiles(VOCAB, tile, 10), precision=precision)
 
 
 def translate(d_model, dtype, precision="ieee"):
@@ -68,32 +77,31 @@ def overlapped(d_model, dtype="bfloat16", vocab=EVEN_VOCAB, **asked):
 def statistics(
     d_model, dtype, everything=True, softcap=None, bias=False, precision="ieee", vocab=EVEN_VOCAB, tile=None
 ):
-    from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+    from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
-    x, weight = head(d_model, dtype, vocab)
-    own = {"targets": meta(ROWS, dtype="int64"), "target_logits": meta(ROWS, dtype="float32")}
-    vocabulary_statistics(
-        x, weight, meta(vocab, dtype=dtype) if bias else None, 1.0, softcap, tile or tile_for(x, precision),
-        **(own if everything else {}), entropy=everything, rank=everything, max_prob=everything,
-        keys=everything, precision=precision,
+    x, of_model = head(d_model, dtype, vocab)
+    of_model = replace(of_model, bias=meta(vocab, dtype=dtype) if bias else None, softcap=softcap)
+    vocabulary_pass(
+        x, of_model, tile or tile_for(x, precision), target_logits=meta(ROWS, dtype="float32") if everything else None,
+        rank=everything, entropy=everything, group_maxima=everything,
     )  # fmt: skip
 
 
-def gather(d_model, dtype):
-    from tuned_lens_fast.kernels.gather import target_logits
+def target(d_model, dtype):
+    from tuned_lens_fast.kernels.target_logits import target_logits
 
-    x, weight = head(d_model, dtype)
-    target_logits(x, weight, None, 1.0, None, meta(ROWS, dtype="int64"), tile_for(x))
+    x, of_model = head(d_model, dtype)
+    target_logits(x, of_model, meta(ROWS, dtype="int64"), tile_for(x))
 
 
 def top(k):
-    from tuned_lens_fast.kernels.statistics import key_slots
+    from tuned_lens_fast.kernels.launch import Partition
     from tuned_lens_fast.kernels.top_k import top_k
 
-    x, weight = head(4096, "bfloat16")
+    x, of_model = head(4096, "bfloat16")
     tile = tile_for(x)
-    keys = meta(ROWS, 2, key_slots(VOCAB, tile), dtype="float32")
-    top_k(x, weight, None, 1.0, None, keys, meta(2, ROWS, dtype="float32"), k, tile)
+    group_maxima = meta(ROWS, 2, Partition.of(ROWS, of_model, tile).slots, dtype="float32")
+    top_k(x, of_model, group_maxima, closed(ROWS), k, tile)
 
 
 def identity():
@@ -101,19 +109,17 @@ def identity():
 
     expectation = Expectation(256, 4096, torch.device("meta"))
     expectation.add(meta(256, 8192, dtype="float32"), meta(8192, 4096), lambda a, b: (a @ b).float())
-    u, of_reference = expectation.normalised()
-    kl_by_identity(meta(ROWS, 4096), meta(256, 4096), u, meta(2, ROWS, dtype="float32"), of_reference)
+    of_reference = expectation.state()
+    kl_by_identity(meta(ROWS, 4096), meta(256, 4096), of_reference.u, closed(ROWS), of_reference)
 
 
-def walk(dtype):
+def divergences(dtype):
+    from tuned_lens_fast.engines.statistics import DIVERGENCES
     from tuned_lens_fast.kernels.divergence import divergence_pass
 
-    x, weight = head(4096, dtype)
-    divergence_pass(
-        x, meta(256, 4096, dtype=dtype), weight, None, 1.0, 30.0,
-        meta(2, ROWS, dtype="float32"), meta(2, 256, dtype="float32"),
-        frozenset({"kl", "reverse_kl", "js", "tv"}), tile_for(x),
-    )  # fmt: skip
+    x, of_model = head(4096, dtype)
+    of_model = replace(of_model, softcap=30.0)
+    divergence_pass(x, meta(256, 4096, dtype=dtype), of_model, closed(ROWS), closed(256), DIVERGENCES, tile_for(x))
 
 
 @triton.jit
@@ -172,13 +178,13 @@ CASES = {
     "overlapped fp16, d 768, softcap, bias": Case(
         lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}
     ),
-    "gather bf16": Case(lambda: gather(4096, "bfloat16"), ANY),
-    "gather fp32": Case(lambda: gather(768, "float32"), ANY, matrix=False),
+    "target bf16": Case(lambda: target(4096, "bfloat16"), ANY),
+    "target fp32": Case(lambda: target(768, "float32"), ANY, matrix=False),
     "top 10": Case(lambda: top(10), ANY),
     "top 64": Case(lambda: top(64), ANY),
     "identity": Case(identity, ANY),
-    "walk bf16": Case(lambda: walk("bfloat16"), ANY),
-    "walk fp32": Case(lambda: walk("float32"), ANY, matrix=False),
+    "divergences bf16": Case(lambda: divergences("bfloat16"), ANY),
+    "divergences fp32": Case(lambda: divergences("float32"), ANY, matrix=False),
 }
 CONTROLS = {f"control {spoiled}": functools.partial(mask_under_a_branch, spoiled) for spoiled in (False, True)}
 LAUNCHES = {name: case.launch for name, case in CASES.items()} | CONTROLS

@@ -7,10 +7,11 @@ import reference
 import torch
 
 from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.state import State
+from tuned_lens_fast.engines.statistics import DIVERGENCES
 from tuned_lens_fast.kernels import divergence, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WALKED = frozenset({"kl", "reverse_kl", "js", "tv"})
 LAYERS = 2
 
 
@@ -26,21 +27,21 @@ def operands(positions, d_model, vocab, dtype, device, seed=0):
     return x.flatten(0, 1).to(device, dtype), own.to(device, dtype), w.to(device, dtype)
 
 
-def normalisers(x, own, head):
-    """The largest logit and log sum exp(z - m) of every row, in fp32 as the vocabulary pass leaves them."""
+def states(x, own, head):
+    """Those of all rows, in fp32 as the vocabulary pass leaves them."""
     found = []
     for rows in (x, own):
         z = reference.logits(rows, head)
         m = z.amax(1)
-        found.append(torch.stack([m, (z - m[:, None]).logsumexp(1)]).float())
+        s = (z - m[:, None]).exp().sum(1)
+        found.append(State(m.float(), s.float(), log_s=s.log().float()))
     return found
 
 
-def walked(x, own, head, wanted=WALKED):
-    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
-    parts = (head.weight, head.bias, head.scale, head.softcap)
-    found = divergence.divergence_pass(x, own, *parts, *normalisers(x, own, head), wanted, tile)
-    return {name: value.view(LAYERS, -1) for name, value in found.items()}
+def walked(x, own, head, wanted=DIVERGENCES):
+    tile = launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
+    found = divergence.divergence_pass(x, own, head, *states(x, own, head), wanted, tile)
+    return {name: value.clamp(min=0).view(LAYERS, -1) for name, value in found.items()}
 
 
 def check(got, x, own, head):
@@ -72,7 +73,7 @@ def test_walk_with_bias_scale_softcap(bias, options, device):
     check(walked(x, own, head), x, own, head)
 
 
-@pytest.mark.parametrize("name", sorted(WALKED))
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_each_alone_is_the_same(name, device):
     x, own, w = operands(4, 32, 100, torch.bfloat16, device)
     together = walked(x, own, Head(w))
@@ -91,7 +92,7 @@ def test_slices_of_the_vocabulary_add_up(slices, monkeypatch, device):
 def by_identity(x, own, head):
     z = reference.logits(own, head)
     u = (z.softmax(-1) @ head.weight.double() * head.scale).float()
-    return divergence.kl_by_identity(x, own, u, *normalisers(x, own, head)).view(LAYERS, -1)
+    return divergence.kl_by_identity(x, own, u, *states(x, own, head)).clamp(min=0).view(LAYERS, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,6 +134,7 @@ def test_expectation_tile_by_tile(widths, dtype, device):
     expectation = divergence.Expectation(4, d_model, w.device)
     for part, weight in zip(z.split(widths, 1), w.split(widths), strict=True):
         expectation.add(part, weight, lambda a, b: a.float() @ b.float())
-    u, normaliser = expectation.normalised()
-    torch.testing.assert_close(normaliser.sum(0).double(), z.double().logsumexp(1), atol=1e-5, rtol=1e-6)
+    state = expectation.state()
+    u = state.u / state.s[:, None]
+    torch.testing.assert_close((state.m + state.log_s).double(), z.double().logsumexp(1), atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(u.double(), z.double().softmax(1) @ w.double(), atol=6e-5, rtol=6e-5)

@@ -9,9 +9,9 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuned_lens_fast.kernels.launch import Tile, built_in_tile, merged_tiles, vocabulary_splits
+from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.kernels.launch import Partition, Tile, built_in_tile, merged_tiles, vocabulary_splits
 from tuned_lens_fast.kernels.logits import token_of
-from tuned_lens_fast.kernels.statistics import key_slots
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,7 +68,7 @@ def _tokens(out, groups, MEMBERS: tl.constexpr, MERGED: tl.constexpr, BLOCK: tl.
 def test_every_token_has_one_place(vocab, merged, device):
     """Slot by slot, place by place: the groups of whole tiles, the left-over groups, the tokens that fill none."""
     tile = replace(built_in_tile((0, 0), torch.bfloat16, 64), merged=merged)
-    places = key_slots(vocab, tile) * tile.members * merged
+    places = Partition.of(1, Head(torch.empty(vocab, 64, device="meta")), tile).slots * tile.members * merged
     block = triton.next_power_of_2(places)
     out = torch.empty(block, dtype=torch.int32, device=device)
     _tokens[(1,)](out, vocab // tile.members, MEMBERS=tile.members, MERGED=merged, BLOCK=block)

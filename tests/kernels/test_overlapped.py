@@ -9,13 +9,14 @@ import pytest
 import reference
 import torch
 import triton.language as tl
-from test_statistics import ids, operands, statistics_of
+from test_vocabulary_pass import ids, operands, statistics_of
 from triton.runtime.errors import InterpreterError
 
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import Head
-from tuned_lens_fast.kernels import launch, overlapped, statistics
+from tuned_lens_fast.kernels import launch, overlapped
 from tuned_lens_fast.kernels.launch import Tile
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it on the GPU itself")
 
@@ -26,7 +27,7 @@ SMALL = Tile(block_rows=16, block_vocab=64, block_depth=32, warps=8, stages=3, t
 def software(monkeypatch, device):
     """The kernel's stand-in; its schedule is drawn from ``seed``, and ``splits`` programs share the vocabulary."""
     launcher = partitions.Launcher(overlapped._overlapped)
-    monkeypatch.setattr(statistics, "vocabulary_splits", lambda *_: launcher.splits)
+    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: launcher.splits)
     monkeypatch.setattr(tl.block_type, "layout", None, raising=False)  # the kernel hands it on
     monkeypatch.setattr(overlapped, "_overlapped", launcher)
     return launcher
@@ -34,9 +35,7 @@ def software(monkeypatch, device):
 
 def both(x, w, tile):
     """By the overlapped kernel, and by the other in tiles of the same shape."""
-    return [
-        statistics.vocabulary_statistics(x, w, None, 1.0, None, some, keys=True) for some in (tile, tile.without_tma())
-    ]
+    return [vocabulary_pass(x, Head(w), some, group_maxima=True) for some in (tile, tile.without_tma())]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -54,7 +53,7 @@ def test_against_float64(rows, d_model, vocab, merged, stages, dtype, software):
     tile = dataclasses.replace(SMALL, merged=merged, stages=stages)
     x, w = operands(rows, d_model, vocab, dtype, "cpu")
     targets = ids(rows, vocab, "cpu")
-    got = statistics_of(x, Head(w), targets, tile=tile, keys=True)
+    got = statistics_of(x, Head(w), targets, tile=tile, top_k=True)
     reference.check(got, reference.logits(x[None], Head(w)), targets=targets)
     assert software.launches == 1
 
@@ -66,7 +65,7 @@ def test_every_head(bias, scale, softcap, software):
     offsets[5::9] = float("-inf")
     head = Head(w, offsets if bias else None, scale, softcap)
     targets = ids(6, 700, "cpu")
-    got = statistics_of(x, head, targets, tile=dataclasses.replace(SMALL, merged=2), keys=True)
+    got = statistics_of(x, head, targets, tile=dataclasses.replace(SMALL, merged=2), top_k=True)
     reference.check(got, reference.logits(x[None], head), targets=targets)
 
 
@@ -76,19 +75,20 @@ def test_every_head(bias, scale, softcap, software):
 def test_candidates_are_those_of_the_other_kernel(tiles, merged, software):
     """Every tile is some group's, once, and lands in its own slot."""
     x, w = operands(4, 48, 64 * tiles, torch.bfloat16, "cpu")
-    here, there = both(x, w, dataclasses.replace(SMALL, merged=merged))
-    assert torch.equal(here.keys, there.keys)
-    torch.testing.assert_close(here.normaliser.sum(0), there.normaliser.sum(0))
+    (here, maxima), (there, wanted) = both(x, w, dataclasses.replace(SMALL, merged=merged))
+    assert torch.equal(maxima, wanted)
+    torch.testing.assert_close(here.m + here.log_s, there.m + there.log_s)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_events_gives_the_same(seed, software):
     software.splits = 2
     x, w = operands(8, 96, 576, torch.bfloat16, "cpu")
-    first = statistics.vocabulary_statistics(x, w, None, 1.0, None, SMALL, entropy=True, keys=True)
+    first, maxima = vocabulary_pass(x, Head(w), SMALL, entropy=True, group_maxima=True)
     software.seed = seed + 1
-    again = statistics.vocabulary_statistics(x, w, None, 1.0, None, SMALL, entropy=True, keys=True)
-    for name in ("normaliser", "entropy", "keys"):
+    again, maxima_again = vocabulary_pass(x, Head(w), SMALL, entropy=True, group_maxima=True)
+    assert torch.equal(maxima, maxima_again)
+    for name in ("m", "s", "t", "log_s"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
 
 
@@ -136,8 +136,8 @@ def test_mistakes_are_found(old, new, monkeypatch, software):
 
     def agree():
         for software.seed in range(10):
-            here, there = both(x, w, tile)
-            assert torch.equal(here.keys, there.keys), "other candidates"
+            (_, here), (_, there) = both(x, w, tile)
+            assert torch.equal(here, there), "other candidates"
 
     found = "changed under a product|more arrivals|wait for one another|other candidates"
     with pytest.raises((AssertionError, InterpreterError), match=found):

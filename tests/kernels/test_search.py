@@ -9,7 +9,7 @@ import torch
 from tuned_lens_fast.engines import triton as engine
 from tuned_lens_fast.engines.interface import Head, Query
 from tuned_lens_fast.kernels import launch, search
-from tuned_lens_fast.kernels.launch import built_in_tile, entry_key, statistics_tile
+from tuned_lens_fast.kernels.launch import built_in_tile, entry_key, vocabulary_tile
 from tuned_lens_fast.kernels.overlapped import shared_bytes
 
 CPU = torch.device("cpu")
@@ -49,39 +49,38 @@ def test_overlapped_tiles_fill_shared_memory(d_model, stages):
         assert more.stages > 8 or shared_bytes(more, d_model) > search.SHARED_BYTES
 
 
-@pytest.mark.parametrize("keys", [False, True])
-def test_tiles_that_fail_or_err_are_left_out(keys, monkeypatch, capsys):
-    x, weight = torch.randn(20, 32), torch.randn(300, 32)
+@pytest.mark.parametrize("with_top_k", [False, True])
+def test_tiles_that_fail_or_err_are_left_out(with_top_k, monkeypatch, capsys):
+    x, head = torch.randn(20, 32), Head(torch.randn(300, 32))
     other, failing, wrong = replace(TILE, block_rows=32), replace(TILE, stages=2), replace(TILE, stages=3)
     apart, misplaced = replace(TILE, stages=4), replace(TILE, stages=5)
-    run, gather = search.vocabulary_statistics, search.target_logits
+    run, gather = search.vocabulary_pass, search.target_logits
 
-    def planted(x, weight, *args, **kwargs):
-        tile = args[3]
+    def planted(x, head, tile, **asked):
         if tile.stages == 2:
             raise RuntimeError("out of resources")
-        found = run(x, weight, *args, **kwargs)
+        state, group_maxima = run(x, head, tile, **asked)
         if tile.stages == 3:
-            found.normaliser[0, 0] += 1
-        if tile.stages == 5 and keys:
-            found.keys.copy_(found.keys.roll(8, 2))
-        return found
+            state.m[0] += 1
+        if tile.stages == 5 and with_top_k:
+            group_maxima.copy_(group_maxima.roll(8, 2))
+        return state, group_maxima
 
     def gathered(*args):
-        return gather(*args) + (1e-6 if args[6].stages == 4 else 0)
+        return gather(*args) + (1e-6 if args[3].stages == 4 else 0)
 
-    monkeypatch.setattr(search, "vocabulary_statistics", planted)
+    monkeypatch.setattr(search, "vocabulary_pass", planted)
     monkeypatch.setattr(search, "target_logits", gathered)
-    found = search.search(x, weight, [TILE, other, failing, wrong, apart, misplaced], keys=keys, rounds=3)
-    assert set(found) == {TILE, other} | (set() if keys else {misplaced})
+    found = search.search(x, head, [TILE, other, failing, wrong, apart, misplaced], with_top_k=with_top_k, rounds=3)
+    assert set(found) == {TILE, other} | (set() if with_top_k else {misplaced})
     assert all(seconds > 0 for seconds in found.values())
     said = capsys.readouterr().err
     assert "RuntimeError" in said
     assert "wrong sums" in said
-    assert ("wrong top ids" in said) == keys
+    assert ("wrong top ids" in said) == with_top_k
     assert "a gathered target's logit" in said
     with pytest.raises(RuntimeError, match=r"the built-in Tile.* does not work here"):
-        search.search(x, weight, [failing, TILE], keys=keys)
+        search.search(x, head, [failing, TILE], with_top_k=with_top_k)
 
 
 def test_an_entry_is_used_for_what_it_was_measured_for_alone(tmp_path, monkeypatch):
@@ -89,16 +88,16 @@ def test_an_entry_is_used_for_what_it_was_measured_for_alone(tmp_path, monkeypat
     search.add_entry(path, entry_key(CPU, torch.float32, 32, "ieee", True), mine)
     search.add_entry(path, entry_key(CPU, torch.float16, 48, "ieee", False), replace(TILE, block_depth=16))
     assert len(json.loads(path.read_text())) == 2
-    assert statistics_tile(CPU, torch.float32, 32) == TILE
+    assert vocabulary_tile(CPU, torch.float32, 32) == TILE
     monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
-    assert statistics_tile(CPU, torch.float32, 32) == mine
-    assert statistics_tile(CPU, torch.float32, 32, keys=False) == TILE
-    assert statistics_tile(CPU, torch.float32, 33) == TILE
-    assert statistics_tile(CPU, torch.bfloat16, 32) == TILE
-    assert statistics_tile(CPU, torch.float32, 32, "tf32") == TILE
+    assert vocabulary_tile(CPU, torch.float32, 32) == mine
+    assert vocabulary_tile(CPU, torch.float32, 32, top_k=False) == TILE
+    assert vocabulary_tile(CPU, torch.float32, 33) == TILE
+    assert vocabulary_tile(CPU, torch.bfloat16, 32) == TILE
+    assert vocabulary_tile(CPU, torch.float32, 32, "tf32") == replace(TILE, precision="tf32")
     assert entry_key(CPU, torch.float16, 32, "tf32", True) == entry_key(CPU, torch.float16, 32, "ieee", True)
     monkeypatch.setattr(launch.triton, "__version__", "2.0")
-    assert statistics_tile(CPU, torch.float32, 32) == TILE
+    assert vocabulary_tile(CPU, torch.float32, 32) == TILE
 
 
 def test_a_decode_uses_it(tmp_path, monkeypatch):
@@ -106,7 +105,7 @@ def test_a_decode_uses_it(tmp_path, monkeypatch):
     search.add_entry(path, entry_key(CPU, torch.float32, 32, "ieee", True), mine)
     monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
     head = Head(torch.randn(300, 32))
-    assert engine._tile(head, Query(frozenset(), top_k=3), "ieee").block_rows == 32
+    assert engine._tile(head, Query(frozenset(), top_k=3)).block_rows == 32
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_a_file_that_holds_none_is_named(text, tmp_path, monkeypatch):
         path.write_text(text)
     monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
     with pytest.raises(ValueError, match=r"TUNED_LENS_FAST_TILES: .*tiles\.json"):
-        statistics_tile(CPU, torch.float32, 32)
+        vocabulary_tile(CPU, torch.float32, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -12,21 +12,21 @@ import reference
 import torch
 
 from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.statistics import OF_TOKENS
 from tuned_lens_fast.kernels import launch
-from tuned_lens_fast.kernels.statistics import key_slots, vocabulary_statistics
 from tuned_lens_fast.kernels.top_k import LARGEST_K, serves, top_k
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def top_k_of(x, head, k, merged=1):
     """ids and log-probs [1, rows, k] as an engine returns them, and the rows reported."""
-    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
+    tile = launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
     tile = replace(tile, merged=merged)
-    parts = (head.weight, head.bias, head.scale, head.softcap)
-    found = vocabulary_statistics(x, *parts, tile, keys=True)
-    ids, log_probs, overflow = top_k(x, *parts, found.keys, found.normaliser, k, tile)
-    return {"top_ids": ids[None], "top_log_probs": log_probs[None]}, overflow
+    state, group_maxima = vocabulary_pass(x, head, tile, group_maxima=True)
+    state = top_k(x, head, group_maxima, state, k, tile)
+    return {s.name: s.formula(state)[None] for s in OF_TOKENS if s.needs == "top_k"}, state.unsure
 
 
 def check(x, head, k, merged=1):
@@ -67,8 +67,8 @@ def test_large_k(k, device):
     """The room for candidates grows with k."""
     vocab = 64 * k + 7 * 8 + 5
     x, w = operands(1, 16, vocab, torch.float32, device)
-    tile = launch.statistics_tile(device, x.dtype, 16)
-    assert serves(k, key_slots(vocab, tile))
+    tile = launch.vocabulary_tile(device, x.dtype, 16)
+    assert serves(k, launch.Partition.of(1, Head(w), tile).slots)
     assert not check(x, Head(w), k)[1].any()
 
 
@@ -101,7 +101,7 @@ def test_one_group_holds_them_all(device):
     """More of the top k in a group than its two keys: all its members are looked at."""
     vocab, k = 600, 5
     x, w = operands(2, 32, vocab, torch.bfloat16, device)
-    members = launch.statistics_tile(device, x.dtype, 32).members
+    members = launch.vocabulary_tile(device, x.dtype, 32).members
     group = torch.arange(members) * (vocab // members) + 9
     x[0] = w[9] * 20
     w[group] = w[9] + w[group] / 50

@@ -11,7 +11,7 @@ from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_
 
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.eager import EagerEngine
-from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.triton import TritonEngine, plan
 from tuned_lens_fast.kernels.launch import built_in_tile
 
@@ -68,7 +68,7 @@ def test_from_hidden_states(kind, translated, device):
     translators = translators if translated else [None] * 3
     head = Head(normal(vocab, d_model) / 7)
     query = Query(ONE_PASS, targets=torch.randint(vocab, (positions,), generator=generator).to(device), top_k=1)
-    got = ENGINE.decode(hidden, translators, norm, head, query, BUDGET)
+    got = ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
     defined = Norm("layer", eps=1e-5) if kind == "module" else norm
     z = reference.logits(reference.head_inputs(hidden, translators, defined), head)
     reference.check(got, z, targets=query.targets, top_k=1)
@@ -80,7 +80,7 @@ def test_a_lens_of_another_dtype_than_the_model(lens_dtype, device):
     translators = [Translator(torch.eye(48, device=device, dtype=lens_dtype) / 4)] * 2
     norm = Norm("rms", eps=1e-6)
     answers = [
-        engine.decode(asked.hidden, translators, norm, asked.head, asked.query, BUDGET)
+        engine.decode(asked.hidden, Readout(translators, norm, asked.head), asked.query, BUDGET)
         for engine in (ENGINE, EagerEngine())
     ]
     # x is rounded to bf16 once by both, not always to the same side.
@@ -138,11 +138,11 @@ def test_plans(stats, top_k, device):
     cuts = []
     for mebibytes in (32, 64, 256, 1024, 16_384):
         query = Query(stats, top_k=top_k)
-        cut = plan(32, 8192, 4096, 4, False, head, query, tile, mebibytes * 2**20)
-        assert 1 <= cut.positions <= 8192
-        assert 1 <= cut.layers <= 32
-        assert cut.layers == 1 or cut.positions == 8192 or mebibytes > 32
-        cuts.append(cut.positions * cut.layers)
+        tiling = plan(32, 8192, 4, False, head, query, tile, mebibytes * 2**20)
+        assert 1 <= tiling.positions <= 8192
+        assert 1 <= tiling.layers <= 32
+        assert tiling.layers == 1 or tiling.positions == 8192 or mebibytes > 32
+        cuts.append(tiling.positions * tiling.layers)
     assert cuts == sorted(cuts)
 
 
@@ -180,7 +180,7 @@ def operands(asked, top_k):
     return (
         asked.hidden, translators, [None, None], norm.kind, norm.weight, norm.bias, norm.eps,
         norm.unit_offset, norm.factor, head.weight, head.bias, head.scale, head.softcap,
-        ",".join(sorted(query.stats)), query.targets, query.reference, query.watch, top_k, 2**26,
+        sorted(query.stats), query.targets, query.reference, query.watch, top_k, 2**26,
     )  # fmt: skip
 
 

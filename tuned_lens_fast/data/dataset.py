@@ -23,6 +23,7 @@ from tuned_lens_fast import budget, progress
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
 from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.engines.interface import DecodableLens, Readout
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
@@ -31,8 +32,6 @@ from tuned_lens_fast.validation import check_ids, check_model, kind
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tuned_lens_fast.nn import Lens
-
 _log = logging.getLogger(__name__)
 #: Of the documents with these numbers: ids ``[batch, positions]``, their mask, and targets.
 _Inputs = Callable[[Sequence[int]], tuple[Tensor, Tensor | None, Tensor | Literal["next"] | None]]
@@ -40,7 +39,7 @@ _Inputs = Callable[[Sequence[int]], tuple[Tensor, Tensor | None, Tensor | Litera
 
 def decode_documents(
     model: Any,
-    lens: Lens,
+    lens: DecodableLens,
     documents: Iterable[Tensor | Sequence[int]],
     *,
     out: str | os.PathLike[str],
@@ -129,7 +128,7 @@ def decode_documents(
 def decode_to(
     out: str | os.PathLike[str],
     model: Any,
-    lens: Lens,
+    lens: DecodableLens,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -272,7 +271,7 @@ def _decode(
     return folder.path
 
 
-def _engine(asked: str, out: str | os.PathLike[str], lens: Lens) -> str:
+def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens) -> str:
     """What ``asked`` means for the folder: a run that is there goes on with its own engine, if that works here."""
     recorded = recorded_engine(out) if asked == "auto" else None
     weight = lens.unembed.head.weight if hasattr(lens, "unembed") else None
@@ -289,9 +288,7 @@ def _positions_at_once(prepared: Prepared, positions: int) -> int:
         positions,
         engine=prepared.engine,
         hidden=hidden_dtype(prepared.model),
-        translators=[lens.translator(number) for number in prepared.numbers],
-        norm=lens.unembed.norm,
-        head=lens.unembed.head,
+        readout=Readout.of(lens, prepared.numbers),
         query=prepared.query,
         memory_budget=prepared.plan.budget,
     ).chunk

@@ -8,13 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from tuned_lens_fast.nn import Lens
 
 #: Numbers of a tensor that are looked at, spread over all of it.
 _SAMPLE = 4096
@@ -36,7 +33,7 @@ def of_model(model: Any) -> str:
     return digest.hexdigest()
 
 
-def of_lens(lens: Lens) -> str:
+def of_lens(lens: Any) -> str:
     """SHA-256 of the lens's class, all of its tensors, and a sample of the norm and head it reads with."""
     digest = hashlib.sha256(type(lens).__name__.encode())
     for name, tensor in sorted(lens.state_dict().items()):

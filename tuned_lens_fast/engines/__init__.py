@@ -1,15 +1,16 @@
 """The engines, which of them work here, and which one `auto` takes.
 
-Every engine answers the same question (see :mod:`tuned_lens_fast.engines.interface`) with the same meaning; they differ
-in where they run and how fast.
+The way through this folder: ``interface`` says what is asked, ``decoding`` is the loop over chunks that every engine
+runs in, ``state`` what a pass over the vocabulary finds out of a row, ``statistics`` what is made of it. ``eager``,
+``native`` and ``triton`` bring the passes; they differ in where they run and how fast.
 """
 
 from __future__ import annotations
 
 import torch
 
+from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.eager import EagerEngine
-from tuned_lens_fast.engines.interface import Engine
 from tuned_lens_fast.engines.native import NativeEngine
 from tuned_lens_fast.engines.triton import TritonEngine
 

@@ -5,22 +5,19 @@ A lens is taken apart into plain tensors, so that an engine needs to know nothin
     x = factor * norm(h + A h + c)        Translator, Norm
     z = g(W x + b)                        Head;  g(z) = softcap * tanh(scale * z / softcap), or scale * z
 
-and a :class:`Query` says which functions of z are wanted.
+These are a :class:`Readout`; a :class:`Query` says which functions of z are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-#: Statistics a caller can name. ``lse`` is always computed; top k and watched tokens are asked for by number.
-STATISTICS = ("log_prob", "rank", "entropy", "max_prob", "kl", "reverse_kl", "js", "tv")
-#: Those that compare the lens with the model's own output.
-DIVERGENCES = frozenset({"kl", "reverse_kl", "js", "tv"})
+NormKind = Literal["identity", "layer", "rms", "module"]
 #: The target id that stands for "no target here": log_prob is NaN and rank 0.
 NO_TARGET = -100
 
@@ -43,7 +40,7 @@ class Norm:
     ``identity``: nothing.
     """
 
-    kind: Literal["identity", "layer", "rms", "module"]
+    kind: NormKind
     weight: Tensor | None = None  #: [d_model]; None for all ones
     bias: Tensor | None = None  #: [d_model]
     eps: float = 0.0
@@ -96,18 +93,65 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """How hidden states become logits: a translator for each of the layers, then one norm and one head."""
+
+    translators: tuple[Translator | None, ...]  #: None reads the residual stream as it is
+    norm: Norm
+    head: Head
+
+    @classmethod
+    def of(cls, lens: DecodableLens, layers: Iterable[int]) -> Readout:
+        """That of the lens's ``layers``."""
+        return cls(tuple(map(lens.translator, layers)), lens.unembed.norm, lens.unembed.head)
+
+    @classmethod
+    def of_output(cls, head: Head) -> Readout:
+        """Of the model's own output: what the head receives, as it is."""
+        return cls((None,), Norm("identity"), head)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a hidden state."""
+        return self.norm.hidden_width(self.head)
+
+
+class ModelEnd(Protocol):
+    """What is left of a model behind its last block."""
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def head(self) -> Head: ...
+
+
+class DecodableLens(Protocol):
+    """A lens as far as decoding knows it: a model's end, and a translator for each layer."""
+
+    @property
+    def unembed(self) -> ModelEnd: ...
+
+    def translator(self, idx: int) -> Translator | None: ...
+
+
+@dataclass(frozen=True)
 class Query:
     """The statistics wanted of every layer and position. Checked before it reaches an engine."""
 
-    stats: frozenset[str]  #: out of STATISTICS
+    stats: frozenset[str]  #: names out of STATISTICS
     targets: Tensor | None = None  #: int64 [positions], ids or NO_TARGET
     reference: Tensor | None = None  #: [positions, d_model], what the head receives at the model's own output
     watch: Tensor | None = None  #: int64 [n_watch]
     top_k: int = 0
 
-    @property
-    def divergences(self) -> frozenset[str]:
-        return self.stats & DIVERGENCES
+    def at(self, positions: slice) -> Query:
+        """The same question about some of the positions."""
+        return replace(
+            self,
+            targets=None if self.targets is None else self.targets[positions],
+            reference=None if self.reference is None else self.reference[positions],
+        )
 
 
 @dataclass(frozen=True)
@@ -126,63 +170,3 @@ class BudgetError(ValueError):
     def __init__(self, memory_budget: int, smallest: int) -> None:
         super().__init__(f"memory_budget: got {memory_budget} bytes; the smallest that works here is {smallest}")
         self.smallest = smallest
-
-
-class Engine(Protocol):
-    """One way of computing the statistics."""
-
-    name: str
-
-    def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
-        """None where the engine works (on ``device``, or at all; with a head of ``dtype``, or with some).
-
-        Else why not, and what would change that.
-        """
-        ...
-
-    def plan(
-        self,
-        layers: int,
-        positions: int,
-        hidden: torch.dtype,
-        translators: Sequence[Translator | None],
-        norm: Norm,
-        head: Head,
-        query: Query,
-        memory_budget: int,
-    ) -> Tiling:
-        """How :meth:`decode` will cut hidden states of dtype ``hidden`` at so many layers and positions, at least 1.
-
-        Of ``query`` only what is asked for counts, not the values of its tensors.
-
-        Raises:
-            BudgetError: the budget cannot work; it names the smallest that can.
-        """
-        ...
-
-    def decode(
-        self,
-        hidden: Sequence[Tensor],
-        translators: Sequence[Translator | None],
-        norm: Norm,
-        head: Head,
-        query: Query,
-        memory_budget: int,
-    ) -> dict[str, Tensor]:
-        """Statistics of L layers at P positions.
-
-        Args:
-            hidden: L tensors ``[positions, width]`` of one floating dtype on the head's device; views are fine.
-            translators: one for every entry of ``hidden``; None reads the residual stream as it is.
-            norm, head, query: see there.
-            memory_budget: bytes of scratch beyond the inputs and the answer.
-
-        Returns:
-            ``lse`` fp32 ``[L, P]``; every name in ``query.stats`` as fp32 ``[L, P]`` (``rank``: int64);
-            with ``top_k``: ``top_ids`` int64 and ``top_log_probs`` fp32 ``[L, P, k]``; with ``watch``:
-            ``watch_log_probs`` fp32 ``[L, P, n_watch]``.
-
-        Raises:
-            BudgetError: see :meth:`plan`.
-        """
-        ...

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import EagerEngine, Matmul, Reference
-from tuned_lens_fast.engines.interface import Head
-from tuned_lens_fast.engines.matmuls import FMA_DTYPES, AmxMatmul, FmaMatmul, bf16_split
-from tuned_lens_fast.engines.state import NO_KEY, State, largest_keys, tile_top_keys
+from tuned_lens_fast.engines.decoding import Reference
+from tuned_lens_fast.engines.eager import EagerEngine
+from tuned_lens_fast.engines.interface import Head, Tiling
+from tuned_lens_fast.engines.matmul import FMA_DTYPES, AmxMatmul, FmaMatmul, Matmul, Packed, bf16_split
+from tuned_lens_fast.engines.state import NO_KEY, State, Wanted, largest_keys, tile_top_keys
+from tuned_lens_fast.engines.statistics import DIVERGENCES
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
+#: The sums that csrc/ keeps of a row, in the order of its ``Sums``.
+SUMS = ("m", "s", "t")
 #: How a build that says what fails is had.
 _BUILD = "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
 
@@ -102,70 +106,49 @@ class NativeEngine(EagerEngine):
             return missing_on_cuda(device.index)
         return "it runs on CPUs and NVIDIA GPUs; use engine='eager'"
 
-    def matmul(self, head: Head, hidden: torch.dtype) -> Matmul:
-        on_cpu = head.weight.device.type == "cpu"
-        if on_cpu and has_amx() and (split := bf16_split(head.weight.dtype, fp32_precision())):
-            return AmxMatmul(head, hidden, *split)
-        if on_cpu and has_fma() and head.weight.dtype in FMA_DTYPES:
-            return FmaMatmul(head, hidden)
-        return Matmul(head, hidden)
+    def matmul(self, head: Head) -> Matmul:
+        if head.weight.device.type == "cpu":
+            if has_amx() and (split := bf16_split(head.weight.dtype, fp32_precision())):
+                return AmxMatmul(head, *split)
+            if has_fma() and head.weight.dtype in FMA_DTYPES:
+                return FmaMatmul(head)
+        return Matmul(head)
 
-    def _walk(
-        self,
-        x: Tensor,
-        matmul: Matmul,
-        width: int,
-        *,
-        entropy: bool = False,
-        targets: Tensor | None = None,
-        rank: bool = False,
-        threshold: Tensor | None = None,
-        top_k: int = 0,
-        weighted: bool = False,
+    def tile_passes(
+        self, matmul: Matmul, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None, width: int
     ) -> State:
-        rows = x.shape[0]
+        device = x.values.device
+        sums = torch.zeros(x.rows, len(SUMS), device=device)
+        sums[:, 0] = -torch.inf
+        r = torch.zeros(x.rows, dtype=torch.int64, device=device) if "r" in wanted.running else None
+        target = None if targets is None else sums.new_full((x.rows,), -torch.inf)
+        k = wanted.top_k
+        top = torch.full((x.rows, k), NO_KEY, dtype=torch.int64, device=device) if k else None
+        u, rescale = None, None
+        if wanted.u:
+            u, rescale = sums.new_zeros(x.rows, matmul.head.weight.shape[1]), sums.new_empty(x.rows)
         if threshold is not None:
             threshold = threshold.contiguous()
-
-        def row_of(value: float, *columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return x.new_full((rows, *columns), value, dtype=dtype)
-
-        m, s, t = row_of(-torch.inf), row_of(0), row_of(0)
-        r = row_of(0, dtype=torch.int64) if rank else None
-        target = None if targets is None else row_of(-torch.inf)
-        top = row_of(NO_KEY, top_k, dtype=torch.int64) if top_k else None
-        u, rescale = (row_of(0, x.shape[1]), row_of(0)) if weighted else (None, None)
         for tile in matmul.tiles(width):
             z = matmul(x, tile, width)
             in_pass = top
-            if top is not None and top_k > MOST_IN_PASS:
-                top = largest_keys(torch.cat([top, tile_top_keys(z, tile.start, top_k)], 1), top_k)
+            if top is not None and k > MOST_IN_PASS:
+                top = largest_keys(torch.cat([top, tile_top_keys(z, tile.start, k)], 1), k)
                 in_pass = None
-            torch.ops.tuned_lens_fast.tile_pass(z, tile.start, targets, threshold, m, s, t, r, target, in_pass, rescale)
+            torch.ops.tuned_lens_fast.tile_pass(z, tile.start, targets, threshold, sums, r, target, in_pass, rescale)
             if u is not None and rescale is not None:
-                u.mul_(rescale.unsqueeze(1)).add_(z @ matmul.weight(tile).float())
-        return State(m, s, t if entropy else None, r, target, top, u)
+                u.mul_(rescale.unsqueeze(1)).add_(z @ matmul.head.weight[tile].float())
+        return State(**dict(zip(SUMS, sums.unbind(1), strict=True)), r=r, target=target, top=top, u=u)
 
-    def _walk_both(
-        self,
-        x: Tensor,
-        matmul: Matmul,
-        width: int,
-        wanted: frozenset[str],
-        m: Tensor,
-        log_s: Tensor,
-        reference: Reference,
+    def divergence_pass(
+        self, x: Tensor, state: State, reference: Reference, head: Head, names: Collection[str], tiling: Tiling
     ) -> dict[str, Tensor]:
-        found = {name: torch.zeros_like(m) for name in sorted(wanted)}
-        flat = [found[name].view(-1) if name in found else None for name in ("kl", "reverse_kl", "js", "tv")]
+        matmul, width = self.matmul(head), tiling.tile
+        rows, own = matmul.pack(x), matmul.pack(reference.x)
+        sums = state.m.new_zeros(len(DIVERGENCES), x.shape[0])
+        normalisers = [torch.stack([of.m, of.log_s]) for of in (reference.state, state)]  # type: ignore[list-item]
         for tile in matmul.tiles(width):
             torch.ops.tuned_lens_fast.tile_divergences(
-                matmul(reference.x, tile, width),
-                matmul(x, tile, width),
-                reference.m,
-                reference.log_s,
-                m.flatten(),
-                log_s.flatten(),
-                *flat,
+                matmul(own, tile, width), matmul(rows, tile, width), *normalisers, "js" in names, sums
             )
-        return found
+        return {name: total for name, total in zip(DIVERGENCES, sums, strict=True) if name in names}

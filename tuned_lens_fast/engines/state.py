@@ -6,15 +6,19 @@ Logits are met a vocabulary tile at a time. What is kept of a tile is, for every
 
 and, where wanted, the target's own logit and ``sum exp(z - m) W``, of which u = W^T softmax(z) is made.
 ``merge`` puts two disjoint parts of the vocabulary together; it is associative and commutative, so parts may
-be met in any order, on any thread or device (Milakov and Gimelshein, 2018, for m and s).
+be met in any order, on any thread or device (Milakov and Gimelshein, 2018, for m and s). ``closed`` ends it: what
+cannot be said of a row is marked in the state, and the formulas of ``statistics.py`` need no exceptions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from tuned_lens_fast.engines.interface import NO_TARGET
 
 #: exp of anything below is 0 in fp32: clamping z - m here changes no sum, and keeps 0 * (-inf) out of them.
 EXP_FLOOR = -1000.0
@@ -22,26 +26,28 @@ EXP_FLOOR = -1000.0
 GROUP = 16
 #: The key that stands for "no token".
 NO_KEY = torch.iinfo(torch.int64).min
-_ID_MASK = 0xFFFFFFFF
 
 
 def top_keys(logits: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys ordered as (logit, lower id first): fp32 logits and int64 ids below 2^32, broadcast
-    together.
+    """int64 keys ordered as (logit, lower id first): fp32 logits and int64 ids below 2^31, broadcast together.
 
     All keys of a row differ, so the largest k are the same in whatever order they are met. The upper half
     holds the logit's bits, those of negative numbers reversed, the lower half the complement of the id.
     """
     bits = (logits + 0.0).view(torch.int32)  # + 0.0: -0.0 and 0.0 tie
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) | (_ID_MASK - ids)
+    return (ordered.to(torch.int64) << 32) | (0xFFFFFFFF - ids)
 
 
-def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The fp32 logits and the int64 ids that :func:`top_keys` packed."""
-    ordered = (keys >> 32).to(torch.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.view(torch.float32), _ID_MASK - (keys & _ID_MASK)
+def key_logits(keys: Tensor) -> Tensor:
+    """The fp32 logits that :func:`top_keys` packed; NaN for NO_KEY."""
+    ordered = keys.view(torch.int32)[..., 1::2]
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def key_ids(keys: Tensor) -> Tensor:
+    """The int64 ids that :func:`top_keys` packed; -1 for NO_KEY."""
+    return (~keys.view(torch.int32)[..., ::2]).to(torch.int64)
 
 
 def tile_top_keys(z: Tensor, first: int, k: int) -> Tensor:
@@ -57,7 +63,7 @@ def tile_top_keys(z: Tensor, first: int, k: int) -> Tensor:
         return top_keys(z, ids)
     grouped = z[:, : groups * GROUP].unflatten(1, (groups, GROUP))
     group_ids = torch.arange(groups, device=z.device)
-    best = split_keys(top_keys(grouped.amax(2), group_ids).topk(k, dim=1).values)[1].unsqueeze(2)
+    best = key_ids(top_keys(grouped.amax(2), group_ids).topk(k, dim=1).values).unsqueeze(2)
     inside = grouped.gather(1, best.expand(rows, k, GROUP))
     inside_ids = first + best * GROUP + torch.arange(GROUP, device=z.device)
     keys = top_keys(inside, inside_ids).flatten(1)
@@ -66,10 +72,21 @@ def tile_top_keys(z: Tensor, first: int, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What a pass over the vocabulary is to find out of every row, beside m and s."""
+
+    running: frozenset[str] = frozenset()  #: out of "t", "r", "target", fields of a State; the last two want targets
+    targets: Tensor | None = None  #: int64 [positions], ids or NO_TARGET; rows are layers x positions
+    top_k: int = 0  #: how many keys to keep
+    u: bool = False
+
+
+@dataclass(frozen=True)
 class State:
     """What is known of every row after some part of the vocabulary; None where it was not asked for.
 
-    A row with a NaN or +inf among its logits has a NaN ``s``.
+    A row with a NaN or +inf among its logits has a NaN ``s``. Once ``closed``, so has one without any finite logit;
+    ``target`` is NaN where a row has no target, ``r`` is -1 and all of ``top`` NO_KEY where nothing is known.
     """
 
     m: Tensor  #: fp32 [rows]; -inf where all logits are
@@ -79,15 +96,16 @@ class State:
     target: Tensor | None = None  #: fp32 [rows], the target's logit; -inf while it has not been met
     top: Tensor | None = None  #: int64 [rows, k] keys in descending order; NO_KEY where there are fewer tokens
     u: Tensor | None = None  #: fp32 [rows, d_model], sum exp(z - m) W, relative to m
+    log_s: Tensor | None = None  #: fp32 [rows], log sum exp(z - m), of a closed state
+    unsure: Tensor | None = None  #: bool [rows], where ``top`` may be wrong and has to be found anew
 
     @staticmethod
     def of_tile(
         z: Tensor,
         first: int,
         *,
-        entropy: bool = False,
+        running: frozenset[str] = frozenset(),
         targets: Tensor | None = None,
-        rank: bool = False,
         threshold: Tensor | None = None,
         top_k: int = 0,
         weight: Tensor | None = None,
@@ -97,9 +115,8 @@ class State:
         Args:
             z: fp32 ``[rows, width]``, the logits of tokens first .. first + width - 1.
             first: the tile's first token id.
-            entropy: whether t is wanted.
+            running: see :class:`Wanted`.
             targets: int64 ``[rows]``; ids outside of the tile are not found in it.
-            rank: whether r is wanted (with targets).
             threshold: fp32 ``[rows]``, the target's logit by the same arithmetic as z, to count r against;
                 not needed where the tile holds every target.
             top_k: how many keys to keep.
@@ -112,7 +129,7 @@ class State:
             met = (column >= 0) & (column < z.shape[1])
             own = z.gather(1, column.clamp(0, z.shape[1] - 1))
             found = own.masked_fill(~met, float("-inf")).squeeze(1)
-            if rank:
+            if "r" in running:
                 threshold = found if threshold is None else threshold
                 # A float comparison and sum: those of bool and int64 take five times as long on a CPU.
                 larger = torch.gt(z, threshold.unsqueeze(1), out=scratch).sum(1).to(torch.int64)
@@ -125,7 +142,7 @@ class State:
         e = torch.exp(d, out=z)
         s = e.sum(1)
         u = None if weight is None else e @ weight
-        t = e.mul_(d).sum(1) if entropy else None
+        t = e.mul_(d).sum(1) if "t" in running else None
         return State(m, s, t, r, found, top, u)
 
     @staticmethod
@@ -147,6 +164,19 @@ class State:
         if a.u is not None and b.u is not None:
             u = (a.u * scale_a.unsqueeze(1)).addcmul_(b.u, scale_b.unsqueeze(1))
         return State(m, scale_a * a.s + scale_b * b.s, t, r, target, top, u)
+
+    def closed(self, targets: Tensor | None = None) -> State:
+        """The state of the whole vocabulary; ``targets``: int64 ``[rows]``, where target or r were wanted."""
+        void = ~(self.s > 0)
+        target, r, top = self.target, self.r, self.top
+        if targets is not None:
+            none = targets == NO_TARGET
+            target = None if target is None else target.masked_fill(none, math.nan)
+            r = None if r is None else r.masked_fill(none | void, -1)
+        if top is not None:
+            top = top.masked_fill(void.unsqueeze(1), NO_KEY)
+        s = self.s.masked_fill(void, math.nan)
+        return replace(self, s=s, r=r, target=target, top=top, log_s=s.log())
 
 
 def _finite(m: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How engines cut their work, and the answer they fill."""
+"""Into which parts work is cut, and room for the answer that the parts fill."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.interface import Query
+from tuned_lens_fast.engines.statistics import asked
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -24,13 +25,10 @@ def even(total: int, most: int) -> int:
 def empty_answer(layers: int, positions: int, query: Query, device: torch.device) -> dict[str, Tensor]:
     """Room for the answer, uninitialised; see Engine.decode for shapes."""
     shape = (layers, positions)
-    out = {
-        name: torch.empty(shape, dtype=torch.int64 if name == "rank" else torch.float32, device=device)
-        for name in ("lse", *sorted(query.stats))
+    sizes = {statistic: statistic.columns(query) for statistic in asked(query)}
+    return {
+        statistic.name: torch.empty(
+            shape if columns is None else (*shape, columns), dtype=statistic.dtype, device=device
+        )
+        for statistic, columns in sizes.items()
     }
-    if query.top_k:
-        out["top_ids"] = torch.empty((*shape, query.top_k), dtype=torch.int64, device=device)
-        out["top_log_probs"] = torch.empty((*shape, query.top_k), dtype=torch.float32, device=device)
-    if query.watch is not None:
-        out["watch_log_probs"] = torch.empty((*shape, len(query.watch)), dtype=torch.float32, device=device)
-    return out

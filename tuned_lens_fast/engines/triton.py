@@ -1,9 +1,8 @@
 """The fused engine for NVIDIA GPUs: kernels/ put in order, in chunks that keep to the memory budget.
 
-For a block of positions: the model's own output first, where divergences want it; then groups of layers, from hidden
-states to x, to statistics. Nothing of size rows x vocabulary exists. The final norm needs a whole row before the first
-logit, so one launch cannot hold everything without recomputing the translator for every slice of the vocabulary: x is
-written once, ``[rows, d_model]``, and the vocabulary pass reads it.
+Nothing of size rows x vocabulary exists. The final norm needs a whole row before the first logit, so one launch cannot
+hold everything without recomputing the translator for every slice of the vocabulary: x is written once,
+``[rows, d_model]``, and the vocabulary pass reads it.
 
 To PyTorch all of it is one operator, ``tuned_lens_fast::triton_decode``: torch.compile sees no graph break, and a
 decode without top k can be captured in a CUDA graph.
@@ -12,17 +11,19 @@ decode without top k can be captured in a CUDA graph.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, Matmul, scratch_bytes, two_tile_stats
-from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Tiling, Translator
+from tuned_lens_fast.engines.decoding import WATCH_TILE, Engine, Reference
+from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, scratch_bytes
+from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Tiling, Translator
+from tuned_lens_fast.engines.state import State, Wanted
+from tuned_lens_fast.engines.statistics import OF_TOKENS, asked, by_two_passes, divergences
 from tuned_lens_fast.engines.tiling import empty_answer, even, slices
-from tuned_lens_fast.progress import report
 
 try:
     import triton  # noqa: F401
@@ -30,7 +31,7 @@ except ImportError as error:  # no Triton for this platform
     MISSING: str | None = f"Triton cannot be imported ({error}); pip install triton"
 else:
     MISSING = None
-    from tuned_lens_fast.kernels import divergence, gather, launch, statistics, top_k, translate
+    from tuned_lens_fast.kernels import divergence, launch, target_logits, top_k, translate, vocabulary_pass
     from tuned_lens_fast.kernels import norm as norm_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,20 +40,9 @@ REFERENCE_POSITIONS = 2048
 #: Tokens whose logits u takes at once: few, since matrix units add with truncation (16,384 cost KL twice the error on
 #: an H100), and not so few that launching takes longer than computing.
 REFERENCE_TILE = 8192
-#: TracedModel tokens whose logits exist at once.
-WATCH_TILE = 1024
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The model's own output at a block of positions."""
-
-    x: Tensor  #: [positions, d_model], what the head receives
-    normaliser: Tensor  #: fp32 [2, positions]
-    u: Tensor | None  #: fp32 [positions, d_model], W^T softmax(z), the head's scale included
-
-
-class TritonEngine:
+class TritonEngine(Engine):
     """Fused Triton kernels for bf16, fp16 and fp32 on NVIDIA GPUs of compute capability 8.0 and newer.
 
     Products are computed in the head's dtype, the translator's in the hidden states'; 16-bit products accumulate in
@@ -79,111 +69,173 @@ class TritonEngine:
             return f"the GPU's compute capability is {capability[0]}.{capability[1]}; the kernels need 8.0 or newer"
         return None
 
-    def plan(
-        self,
-        layers: int,
-        positions: int,
-        hidden: torch.dtype,
-        translators: Sequence[Translator | None],
-        norm: Norm,
-        head: Head,
-        query: Query,
-        memory_budget: int,
-    ) -> Tiling:
-        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
+    def plan(self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int) -> Tiling:
+        translators, norm, head = readout.translators, readout.norm, readout.head
         # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
         residual = 4 if any(translator is not None for translator in translators) else hidden.itemsize
         residual += 12 * (norm.kind == "module")
-        residual = -(-residual * norm.hidden_width(head) // head.weight.shape[1])
+        residual = -(-residual * readout.width // head.weight.shape[1])
         cast = any(translator is not None and translator.weight.dtype != hidden for translator in translators)
-        tile = _tile(head, query, _precision())
-        return plan(layers, positions, head.weight.shape[1], residual, cast, head, query, tile, memory_budget)
+        return plan(max(1, len(translators)), positions, residual, cast, head, query, _tile(head, query), memory_budget)
 
-    def decode(
-        self,
-        hidden: Sequence[Tensor],
-        translators: Sequence[Translator | None],
-        norm: Norm,
-        head: Head,
-        query: Query,
-        memory_budget: int,
-    ) -> dict[str, Tensor]:
-        """See :class:`~tuned_lens_fast.engines.interface.Engine`."""
-        if norm.kind == "module":  # an operator takes tensors only
-            return _decode(hidden, translators, norm, head, query, memory_budget)
-        answer = torch.ops.tuned_lens_fast.triton_decode(
-            list(hidden),
-            [None if translator is None else translator.weight for translator in translators],
-            [None if translator is None else translator.bias for translator in translators],
-            norm.kind, norm.weight, norm.bias, norm.eps, norm.unit_offset, norm.factor,
-            head.weight, head.bias, head.scale, head.softcap,
-            ",".join(sorted(query.stats)), query.targets, query.reference, query.watch, query.top_k, memory_budget,
+    def head_input(
+        self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], norm: Norm, head: Head, tiling: Tiling
+    ) -> Tensor:
+        if all(translator is None for translator in translators):
+            residual = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
+        else:
+            positions, d_model = hidden[0].shape
+            residual = torch.empty(len(hidden) * positions, d_model, dtype=torch.float32, device=head.weight.device)
+            for h, translator, out in zip(hidden, translators, residual.split(positions), strict=True):
+                if translator is None:
+                    out.copy_(h)
+                else:
+                    h = h if h.dtype in DTYPES else h.float()
+                    translate.translate(h, translator.weight.to(h.dtype), translator.bias, out, _precision())
+        if norm.kind == "module":
+            return norm(residual.float()).to(head.weight.dtype)
+        if norm.kind == "identity" and norm.factor == 1.0 and residual.dtype == head.weight.dtype:
+            return residual.contiguous()
+        x = torch.empty(residual.shape, dtype=head.weight.dtype, device=head.weight.device)
+        return norm_kernel.normalize(residual, norm, x)
+
+    def vocabulary_pass(self, x: Tensor, head: Head, wanted: Wanted, tiling: Tiling) -> State:
+        if wanted.u:
+            return self._expectation(x, head, tiling.tile)
+        tile = _tile(head, Query(frozenset(), top_k=wanted.top_k))
+        targets = None
+        if wanted.targets is not None:
+            targets = target_logits.target_logits(x, head, wanted.targets.repeat(len(x) // len(wanted.targets)), tile)
+        state, group_maxima = vocabulary_pass.vocabulary_pass(
+            x, head, tile, target_logits=targets, rank="r" in wanted.running, entropy="t" in wanted.running,
+            group_maxima=wanted.top_k > 0,
         )  # fmt: skip
-        return dict(zip(_names(query), answer, strict=True))
+        return state if group_maxima is None else top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
+
+    def divergence_pass(
+        self, x: Tensor, state: State, reference: Reference, head: Head, names: Collection[str], tiling: Tiling
+    ) -> dict[str, Tensor]:
+        tile = _tile(head, Query(frozenset()))
+        return divergence.divergence_pass(x, reference.x, head, state, reference.state, names, tile)
+
+    def kl_by_identity(self, x: Tensor, state: State, reference: Reference) -> Tensor:
+        assert reference.u is not None
+        return divergence.kl_by_identity(x, reference.x, reference.u, state, reference.state)
+
+    def _expectation(self, x: Tensor, head: Head, width: int) -> State:
+        """The state of rows with u, whose logits exist ``width`` tokens at a time."""
+        matmul = self.matmul(head)
+        rows = matmul.pack(x)
+
+        def multiply(a: Tensor, b: Tensor) -> Tensor:
+            return torch.mm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
+
+        expectation = divergence.Expectation(x.shape[0], x.shape[1], x.device)
+        for tokens in slices(head.vocab, width):
+            expectation.add(matmul(rows, tokens, width), head.weight[tokens], multiply)
+        return expectation.state()
+
+    def decode(self, hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> dict[str, Tensor]:
+        if readout.norm.kind == "module":  # an operator takes tensors only
+            return self._decode(hidden, readout, query, memory_budget)
+        answer = torch.ops.tuned_lens_fast.triton_decode(*_flat(hidden, readout, query, memory_budget))
+        return {statistic.name: value for statistic, value in zip(asked(query), answer, strict=True)}
+
+    def _decode(
+        self, hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int
+    ) -> dict[str, Tensor]:
+        """The loop, and then the top k that the kernels leave: where a row has too many candidates, or all of them."""
+        head = readout.head
+        if head.weight.stride(1) != 1:
+            raise ValueError("head.weight: its rows are not contiguous; the kernels read [vocab, d_model] row by row")
+        served = query.top_k > 0 and top_k.serves(query.top_k, _slots(head, query))
+        out = super().decode(hidden, readout, query if served else replace(query, top_k=0), memory_budget)
+        unsure = out.pop("unsure", None)
+        if not query.top_k or (served and (unsure is None or not unsure.any())):  # any() waits for the GPU, once
+            return out
+        positions = hidden[0].shape[0] if hidden else 0
+        only_top = Query(frozenset(), top_k=query.top_k)
+        if not served:
+            out = empty_answer(len(hidden), positions, only_top, head.weight.device) | out
+        for i, entry in enumerate(hidden):
+            rest = torch.arange(positions, device=entry.device) if unsure is None else unsure[i].nonzero().squeeze(1)
+            for at in rest.split(max(1, memory_budget // (32 * head.weight.shape[1]))):
+                one = replace(readout, translators=readout.translators[i : i + 1])
+                exact = EagerEngine().decode([entry[at]], one, only_top, memory_budget - memory_budget // 4)
+                for statistic in OF_TOKENS:
+                    if statistic.name in exact:
+                        out[statistic.name][i, at] = exact[statistic.name][0]
+        return out
 
 
-def _names(query: Query) -> list[str]:
-    """The statistics in the order in which the operator returns them."""
-    names = ["lse", *sorted(query.stats)]
-    if query.top_k:
-        names += ["top_ids", "top_log_probs"]
-    return names if query.watch is None else [*names, "watch_log_probs"]
+#: The fields that the operator takes of each, in order. It takes no norms that are modules.
+_FIELDS = {
+    kind: [field for field in fields(kind) if field.name not in ("module", "width")] for kind in (Norm, Head, Query)
+}
+#: Their types as the operator's schema has them.
+_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "bool": "bool", "int": "int", "float": "float",
+    "float | None": "float?", "frozenset[str]": "str[]", "NormKind": "str",
+}  # fmt: skip
 
 
-def _operator(
-    hidden: Sequence[Tensor],
-    translator_weights: Sequence[Tensor | None],
-    translator_biases: Sequence[Tensor | None],
-    norm_kind: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    norm_unit_offset: bool,
-    norm_factor: float,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    head_scale: float,
-    head_softcap: float | None,
-    stats: str,
-    targets: Tensor | None,
-    reference: Tensor | None,
-    watch: Tensor | None,
-    top_k: int,
-    memory_budget: int,
-) -> list[Tensor]:
-    query = Query(frozenset(filter(None, stats.split(","))), targets, reference, watch, top_k)
-    answer = _decode(
-        hidden,
-        [
-            None if weight is None else Translator(weight, bias)
-            for weight, bias in zip(translator_weights, translator_biases, strict=True)
-        ],
-        Norm(norm_kind, norm_weight, norm_bias, norm_eps, norm_unit_offset, None, norm_factor),  # type: ignore[arg-type]
-        Head(head_weight, head_bias, head_scale, head_softcap),
-        query,
+def _flat(hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> list[Any]:
+    """A decode's arguments one by one."""
+    parts = (readout.norm, readout.head, query)
+    values = [getattr(part, field.name) for part in parts for field in _FIELDS[type(part)]]
+    return [
+        list(hidden),
+        [None if translator is None else translator.weight for translator in readout.translators],
+        [None if translator is None else translator.bias for translator in readout.translators],
+        *(sorted(value) if isinstance(value, frozenset) else value for value in values),
         memory_budget,
+    ]
+
+
+def _bundled(hidden: Sequence[Tensor], weights: Any, biases: Any, *flat: Any) -> tuple[Any, Readout, Query, int]:
+    """What :func:`_flat` took apart."""
+    *values, memory_budget = flat
+    rest = iter(values)
+    norm, head, query = (
+        cast(Any, kind)(**{field.name: next(rest) for field in names}) for kind, names in _FIELDS.items()
     )
-    return [answer[name] for name in _names(query)]
+    translators = [
+        None if weight is None else Translator(weight, bias) for weight, bias in zip(weights, biases, strict=True)
+    ]
+    return hidden, Readout(tuple(translators), norm, head), replace(query, stats=frozenset(query.stats)), memory_budget
+
+
+def _operator(*flat: Any) -> list[Tensor]:
+    hidden, readout, query, memory_budget = _bundled(*flat)
+    answer = TritonEngine()._decode(hidden, readout, query, memory_budget)
+    return [answer[statistic.name] for statistic in asked(query)]
 
 
 # Registered by hand: torch.library.custom_op wraps every call in Python that costs as much as a small decode.
 _LIBRARY = torch.library.Library("tuned_lens_fast", "FRAGMENT")
-_LIBRARY.define("triton_decode" + torch.library.infer_schema(_operator, mutates_args=()))
+_LIBRARY.define(
+    "triton_decode(Tensor[] hidden, Tensor?[] translator_weights, Tensor?[] translator_biases, "
+    + ", ".join(
+        f"{_TYPES[str(field.type)]} {kind.__name__.lower()}_{field.name}"
+        for kind, names in _FIELDS.items()
+        for field in names
+    )
+    + ", int memory_budget) -> Tensor[]"
+)
 _LIBRARY.impl("triton_decode", _operator, "CUDA")
 _LIBRARY.impl("triton_decode", _operator, "CPU")  # in Triton's interpreter
 
 
 @torch.library.register_fake("tuned_lens_fast::triton_decode", lib=_LIBRARY)
-def _answer_shapes(hidden: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    *_, head_weight, _, _, _, stats, targets, reference, watch, top_k, _ = rest
-    query = Query(frozenset(filter(None, stats.split(","))), targets, reference, watch, top_k)
-    answer = empty_answer(len(hidden), hidden[0].shape[0] if hidden else 0, query, head_weight.device)
-    return [answer[name] for name in _names(query)]
+def _answer_shapes(*flat: Any) -> list[Tensor]:
+    hidden, readout, query, _ = _bundled(*flat)
+    positions = hidden[0].shape[0] if hidden else 0
+    return [*empty_answer(len(hidden), positions, query, readout.head.weight.device).values()]
 
 
 def plan(
-    layers: int, positions: int, d_model: int, residual: int, cast: bool, head: Head, query: Query,
-    tile: launch.Tile, memory_budget: int,
+    layers: int, positions: int, residual: int, cast: bool, head: Head, query: Query, tile: launch.Tile,
+    memory_budget: int,
 ) -> Tiling:  # fmt: skip
     """The largest blocks that fit.
 
@@ -194,8 +246,8 @@ def plan(
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
     """
-    wide = head.weight.dtype.itemsize
-    slots = statistics.key_slots(head.vocab, tile)
+    wide, d_model = head.weight.dtype.itemsize, head.weight.shape[1]
+    slots = launch.Partition.of(1, head, tile).slots
     a_row = d_model * (wide + residual) + 128
     if query.top_k:
         a_row += 12 * query.top_k
@@ -203,23 +255,20 @@ def plan(
             a_row += 8 * slots + top_k.Room.of(query.top_k, tile).bytes_per_row
     if query.watch is not None:
         a_row += 12 * min(len(query.watch), WATCH_TILE)
-    if two_tile_stats(query, head):
+    if by_two_passes(query, head):
         a_row += 16 * (divergence.MOST_SLICES + 2)
-    by_identity = "kl" in query.stats and head.softcap is None
+    by_identity = "kl" in query.stats and "kl" not in by_two_passes(query, head)
     head_is_wide = wide == 4
     a_position = 0
-    if query.divergences:
+    if divergences(query):
         a_position = d_model * (wide + 4 * by_identity) + 64
     fixed = 2**20 + cast * d_model * d_model * 4 + (layers + 16) * positions * bool(query.top_k)
     if query.watch is not None:
         fixed += min(len(query.watch), WATCH_TILE) * d_model * 8
 
     def state(row_count: int) -> int:
-        blocks = -(-row_count // tile.block_rows)
-        whole = head.vocab // (8 * tile.members)
-        band = launch.row_band(d_model, wide, tile)
-        splits = launch.vocabulary_splits(blocks, whole, launch.processors(head.weight.device), band) if whole else 0
-        return 16 * row_count * ((1 + tile.overlapped) * splits + 2)
+        splits = launch.Partition.of(row_count, head, tile).splits
+        return 16 * row_count * ((1 + tile.overlapped) * splits + 4)
 
     def needed(block: int, group: int, width: int) -> int:
         rows = block * group
@@ -233,7 +282,7 @@ def plan(
     # Rows that top_k.py hands back are decoded by the eager engine, with three quarters of the budget.
     again = Query(frozenset(), top_k=query.top_k)
     least = -(-4 * scratch_bytes(1, min(MIN_TILE, head.vocab), d_model, head, again, 4) // 3) if query.top_k else 0
-    block = min(positions, REFERENCE_POSITIONS) if query.divergences else positions
+    block = min(positions, REFERENCE_POSITIONS) if divergences(query) else positions
     group, width = layers, min(REFERENCE_TILE, head.vocab)
     while needed(block, group, width) > memory_budget and (group > 1 or block > 1 or width > 256):
         if group > 1:
@@ -252,158 +301,19 @@ def plan(
     return Tiling(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
 
 
-def _precision() -> str:
+def _precision() -> launch.Precision:
     """What fp32 products are made of."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _tile(head: Head, query: Query, precision: str) -> launch.Tile:
+def _tile(head: Head, query: Query) -> launch.Tile:
     """The tile that the vocabulary kernel holds on chip."""
     weight = head.weight
-    tile = launch.statistics_tile(weight.device, weight.dtype, weight.shape[1], precision, query.top_k > 0)
-    if head.weight.data_ptr() % 16 or head.weight.stride(0) * head.weight.dtype.itemsize % 16:
+    tile = launch.vocabulary_tile(weight.device, weight.dtype, weight.shape[1], _precision(), query.top_k > 0)
+    if weight.data_ptr() % 16 or weight.stride(0) * weight.dtype.itemsize % 16:
         tile = tile.without_tma()
     return replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k)) if query.top_k else tile
 
 
-def _decode(
-    hidden: Sequence[Tensor],
-    translators: Sequence[Translator | None],
-    norm: Norm,
-    head: Head,
-    query: Query,
-    memory_budget: int,
-) -> dict[str, Tensor]:
-    layers, positions = len(hidden), hidden[0].shape[0] if hidden else 0
-    device, d_model = head.weight.device, head.weight.shape[1]
-    out = empty_answer(layers, positions, query, device)
-    if not layers or not positions:
-        return out
-    if head.weight.stride(1) != 1:
-        raise ValueError("head.weight: its rows are not contiguous; the kernels read [vocab, d_model] row by row")
-    precision = _precision()
-    tile = _tile(head, query, precision)
-    served = top_k.serves(query.top_k, statistics.key_slots(head.vocab, tile)) if query.top_k else False
-    tiling = TritonEngine().plan(layers, positions, hidden[0].dtype, translators, norm, head, query, memory_budget)
-    overflow = torch.empty(layers, positions, dtype=torch.bool, device=device) if served else None
-
-    for block in slices(positions, tiling.positions):
-        reference = None
-        if query.divergences:
-            assert query.reference is not None
-            reference = _reference(query.reference[block], head, query, tile, precision, tiling.tile)
-        for group in slices(layers, tiling.layers):
-            members = range(group.start, group.stop)
-            entering = [hidden[i][block] for i in members]
-            x = _head_input(entering, [translators[i] for i in members], norm, head, precision)
-            found = _rows(x, block, head, query, tile, precision, reference, served)
-            if overflow is not None:
-                overflow[group, block] = found.pop("overflow").view(len(members), -1)
-            for name, value in found.items():
-                out[name][group, block] = value.unflatten(0, (len(members), -1))
-            report(x.shape[0])
-            del x, found
-
-    if query.top_k:
-        only_top = Query(frozenset(), top_k=query.top_k)
-        # any() waits for the GPU, once a decode.
-        for i in range(layers if overflow is None or overflow.any() else 0):
-            rest = torch.arange(positions, device=device) if overflow is None else overflow[i].nonzero().squeeze(1)
-            for at in rest.split(max(1, memory_budget // (32 * d_model))):
-                exact = EagerEngine().decode(
-                    [hidden[i][at]], [translators[i]], norm, head, only_top, memory_budget - memory_budget // 4
-                )
-                for name in ("top_ids", "top_log_probs"):
-                    out[name][i, at] = exact[name][0]
-    return out
-
-
-def _head_input(
-    hidden: list[Tensor], translators: list[Translator | None], norm: Norm, head: Head, precision: str
-) -> Tensor:
-    """x = norm(h + A h + c), ``[layers * positions, d_model]`` in the head's dtype."""
-    if all(translator is None for translator in translators):
-        residual = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-    else:
-        positions, d_model = hidden[0].shape
-        residual = torch.empty(len(hidden) * positions, d_model, dtype=torch.float32, device=head.weight.device)
-        for h, translator, out in zip(hidden, translators, residual.split(positions), strict=True):
-            if translator is None:
-                out.copy_(h)
-            else:
-                h = h if h.dtype in DTYPES else h.float()
-                translate.translate(h, translator.weight.to(h.dtype), translator.bias, out, precision)
-    if norm.kind == "module":
-        return norm(residual.float()).to(head.weight.dtype)
-    if norm.kind == "identity" and norm.factor == 1.0 and residual.dtype == head.weight.dtype:
-        return residual.contiguous()
-    x = torch.empty(residual.shape, dtype=head.weight.dtype, device=head.weight.device)
-    return norm_kernel.normalize(residual, norm, x)
-
-
-def _rows(
-    x: Tensor,
-    block: slice,
-    head: Head,
-    query: Query,
-    tile: launch.Tile,
-    precision: str,
-    reference: Reference | None,
-    served: bool,
-) -> dict[str, Tensor]:
-    """Every statistic of rows x ``[layers * positions, d_model]``, rows first, and ``overflow``: see top_k.py."""
-    rows = x.shape[0]
-    parts = (head.weight, head.bias, head.scale, head.softcap)
-    stats = query.stats
-    targets = logits = None
-    if query.targets is not None and stats & {"log_prob", "rank"}:
-        targets = query.targets[block].repeat(rows // (block.stop - block.start))
-        logits = gather.target_logits(x, *parts, targets, tile, precision)
-    state = statistics.vocabulary_statistics(
-        x, *parts, tile, targets=targets, target_logits=logits, entropy="entropy" in stats, rank="rank" in stats,
-        max_prob="max_prob" in stats, keys=served, precision=precision,
-    )  # fmt: skip
-    found = {"lse": state.normaliser.sum(0)}
-    for name in ("log_prob", "rank", "entropy", "max_prob"):
-        if name in stats:
-            found[name] = getattr(state, name)
-    if served:
-        assert state.keys is not None
-        found["top_ids"], found["top_log_probs"], found["overflow"] = top_k.top_k(
-            x, *parts, state.keys, state.normaliser, query.top_k, tile
-        )
-    if query.watch is not None:
-        watched = torch.empty(rows, len(query.watch), dtype=torch.float32, device=x.device)
-        matmul = Matmul(head, x.dtype)
-        for at in slices(len(query.watch), WATCH_TILE):
-            z = matmul(matmul.round(x), query.watch[at], WATCH_TILE)
-            torch.sub(z.sub_(state.normaliser[0].unsqueeze(1)), state.normaliser[1].unsqueeze(1), out=watched[:, at])
-        found["watch_log_probs"] = watched
-    if reference is not None:
-        if reference.u is not None:
-            found["kl"] = divergence.kl_by_identity(x, reference.x, reference.u, state.normaliser, reference.normaliser)
-        walked = two_tile_stats(query, head)
-        if walked:
-            found |= divergence.divergence_pass(
-                x, reference.x, *parts, state.normaliser, reference.normaliser, walked, tile, precision
-            )
-    return found
-
-
-def _reference(reference: Tensor, head: Head, query: Query, tile: launch.Tile, precision: str, width: int) -> Reference:
-    """The normaliser of the model's own output and, for KL by the identity, u = W^T softmax(z) * scale."""
-    x = reference.to(head.weight.dtype).contiguous()
-    parts = (head.weight, head.bias, head.scale, head.softcap)
-    if "kl" not in query.stats or head.softcap is not None:
-        return Reference(x, statistics.vocabulary_statistics(x, *parts, tile, precision=precision).normaliser, None)
-    matmul = Matmul(head, x.dtype)
-    operand = matmul.round(x)
-
-    def multiply(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
-
-    expectation = divergence.Expectation(*x.shape, x.device)
-    for tokens in slices(head.vocab, width):
-        expectation.add(matmul(operand, tokens, width), head.weight[tokens], multiply)
-    u, normaliser = expectation.normalised()
-    return Reference(x, normaliser, u.mul_(head.scale))
+def _slots(head: Head, query: Query) -> int:
+    return launch.Partition.of(1, head, _tile(head, query)).slots

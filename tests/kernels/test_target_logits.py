@@ -8,16 +8,16 @@ import torch
 
 from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch
-from tuned_lens_fast.kernels.gather import target_logits
 from tuned_lens_fast.kernels.logits import MASKED
-from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+from tuned_lens_fast.kernels.target_logits import target_logits
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def gathered(x, head, targets):
-    tile = launch.statistics_tile(x.device, x.dtype, x.shape[1])
-    return target_logits(x, head.weight, head.bias, head.scale, head.softcap, targets, tile)
+    tile = launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
+    return target_logits(x, head, targets, tile)
 
 
 def operands(rows, d_model, vocab, dtype, device):
@@ -55,6 +55,7 @@ def test_rows_without_a_target_and_masked_targets(device):
     kept = (none >= 0) & ~masked
     assert torch.equal(got[kept], plain[kept])
     assert (got[masked & (none >= 0)] == MASKED.value).all()
+    assert got[none < 0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,8 +66,8 @@ def test_bit_for_bit_the_tiles_logit(d_model, vocab, dtype, device):
     x, w, _ = operands(21, d_model, 1, dtype, device)
     w = w.repeat(vocab, 1)
     targets = torch.arange(21, device=device)
-    tile = launch.statistics_tile(device, dtype, d_model)
-    largest = vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys[:, 0].amax(1)
+    tile = launch.vocabulary_tile(device, dtype, d_model)
+    largest = vocabulary_pass(x, Head(w), tile, group_maxima=True)[1][:, 0].amax(1)
     assert torch.equal(gathered(x, Head(w), targets), largest)
 
 

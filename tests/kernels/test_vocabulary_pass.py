@@ -1,6 +1,5 @@
 """The vocabulary pass against float64 of the very same operands."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines.interface import NO_TARGET, Head
-from tuned_lens_fast.kernels import launch, statistics
-from tuned_lens_fast.kernels.gather import target_logits
+from tuned_lens_fast.engines.statistics import LSE, STATISTICS
+from tuned_lens_fast.kernels import launch
+from tuned_lens_fast.kernels.target_logits import target_logits
+from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ALL = ("lse", "log_prob", "rank", "entropy", "max_prob")
 
 
 def operands(rows, d_model, vocab, dtype, device, size=3.0, seed=0):
@@ -34,17 +34,15 @@ def ids(rows, vocab, device, seed=1):
     return targets.to(device)
 
 
-def statistics_of(x, head, targets=None, tile=None, keys=False):
+def statistics_of(x, head, targets=None, tile=None, top_k=False):
     """Every statistic of rows x, as an engine would return it for one layer."""
-    tile = tile or launch.statistics_tile(x.device, x.dtype, x.shape[1])
-    parts = (head.weight, head.bias, head.scale, head.softcap)
-    asked = {"entropy": True, "max_prob": True, "keys": keys}
-    if targets is not None:
-        logits = target_logits(x, *parts, targets, tile)
-        asked |= {"targets": targets, "target_logits": logits, "rank": True}
-    found = statistics.vocabulary_statistics(x, *parts, tile, **asked)
-    answer = {name: getattr(found, name) for name in ALL[1:] if getattr(found, name) is not None}
-    return {name: value[None] for name, value in ({"lse": found.normaliser.sum(0)} | answer).items()}
+    tile = tile or launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
+    logits = None if targets is None else target_logits(x, head, targets, tile)
+    state, _ = vocabulary_pass(
+        x, head, tile, target_logits=logits, rank=targets is not None, entropy=True, group_maxima=top_k
+    )
+    of_one = [s for s in STATISTICS.values() if s.formula and (s.needs is None or targets is not None)]
+    return {statistic.name: statistic.formula(state)[None] for statistic in (LSE, *of_one)}
 
 
 def check(x, head, targets=None, **options):
@@ -107,7 +105,7 @@ def test_strides(device):
     wide_w = torch.full((300, 77), math.nan, dtype=w.dtype, device=device)
     wide_x[:, 1, 5:45] = x
     wide_w[:, 3:43] = w
-    tile = launch.statistics_tile(device, x.dtype, 40).without_tma()
+    tile = launch.vocabulary_tile(device, x.dtype, 40).without_tma()
     targets = ids(5, 300, device)
     check(wide_x[:, 1, 5:45], Head(wide_w[:, 3:43]), targets, tile=tile)
 
@@ -177,18 +175,18 @@ def test_nothing_but_minus_infinity(device):
         assert (value == 0).all() if name == "rank" else value.isnan().all(), name
 
 
-@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize("top_k", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "overflow"])
-def test_a_bad_row_harms_itself_only(bad, keys, device):
+def test_a_bad_row_harms_itself_only(bad, top_k, device):
     x, w = operands(20, 32, 140, torch.float32, device)
     targets = torch.randint(140, (20,), device=device)
     w[:, 0] = 0.0
     w[100, 0] = 1e20
     x[:, 0] = 0.0
-    clean = statistics_of(x, Head(w), targets, keys=keys)
+    clean = statistics_of(x, Head(w), targets, top_k=top_k)
     assert all(value.isfinite().all() for value in clean.values())
     x[5, 0] = 1e20 if bad == "overflow" else bad
-    harmed = statistics_of(x, Head(w), targets, keys=keys)
+    harmed = statistics_of(x, Head(w), targets, top_k=top_k)
     others = torch.arange(20, device=device) != 5
     for name, value in harmed.items():
         assert torch.equal(value[:, others], clean[name][:, others]), name
@@ -201,7 +199,7 @@ def test_splits_merge(splits, monkeypatch, device):
     x, w = operands(5, 32, 700, torch.bfloat16, device)
     w[:128] *= 20
     targets = ids(5, 700, device)
-    monkeypatch.setattr(statistics, "vocabulary_splits", lambda *_: min(splits, 700 // 64))
+    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: min(splits, 700 // 64))
     got = check(x, Head(w), targets)
     again = statistics_of(x, Head(w), targets)
     for name, value in got.items():
@@ -210,26 +208,26 @@ def test_splits_merge(splits, monkeypatch, device):
 
 def test_what_is_not_asked_for_is_not_there(device):
     x, w = operands(2, 32, 70, torch.bfloat16, device)
-    tile = launch.statistics_tile(device, x.dtype, 32)
-    found = statistics.vocabulary_statistics(x, w, None, 1.0, None, tile)
-    fields = {field.name for field in dataclasses.fields(found)} - {"normaliser"}
-    assert all(getattr(found, name) is None for name in fields)
-    assert torch.allclose(found.normaliser.sum(0), (x.float() @ w.float().T).logsumexp(-1), atol=1e-4)
+    state, group_maxima = vocabulary_pass(x, Head(w), launch.vocabulary_tile(device, x.dtype, 32))
+    assert group_maxima is None
+    assert all(part is None for part in (state.t, state.r, state.target, state.top, state.u))
+    assert torch.allclose(state.m + state.log_s, (x.float() @ w.float().T).logsumexp(-1), atol=1e-4)
 
 
-def test_keys_hold_the_two_best_of_every_group(device):
+def test_the_two_best_of_every_group(device):
     """The largest as it is; in the lowest bits of the second, where the largest stands."""
     vocab = 331
     x, w = operands(3, 16, vocab, torch.float32, device)
-    tile = launch.statistics_tile(device, x.dtype, 16)
-    keys = statistics.vocabulary_statistics(x, w, None, 1.0, None, tile, keys=True).keys
-    assert keys.shape == (3, 2, statistics.key_slots(vocab, tile))
-    groups = vocab // tile.members
+    tile = launch.vocabulary_tile(device, x.dtype, 16)
+    _, found = vocabulary_pass(x, Head(w), tile, group_maxima=True)
+    partition = launch.Partition.of(3, Head(w), tile)
+    assert found.shape == (3, 2, partition.slots)
+    groups = partition.groups
     z = reference.logits(x, Head(w))[:, : groups * tile.members].view(3, tile.members, groups)
     best = z.topk(2, dim=1)
-    torch.testing.assert_close(keys[:, 0, :groups].double(), best.values[:, 0], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(found[:, 0, :groups].double(), best.values[:, 0], atol=1e-5, rtol=1e-6)
     # Seven lowest bits at most are not those of the second: 2^-16 of its value.
-    torch.testing.assert_close(keys[:, 1, :groups].double(), best.values[:, 1], atol=1e-5, rtol=2**-16)
+    torch.testing.assert_close(found[:, 1, :groups].double(), best.values[:, 1], atol=1e-5, rtol=2**-16)
     clear = best.values[:, 0] - best.values[:, 1] > 2**-15 * best.values[:, 0].abs()
-    place = keys[:, 1, :groups].contiguous().view(torch.int32) & (tile.members - 1)
+    place = found[:, 1, :groups].contiguous().view(torch.int32) & (tile.members - 1)
     assert torch.equal(place[clear].long(), best.indices[:, 0][clear])

@@ -1,0 +1,145 @@
+"""A block of rows' running state in registers, and what one more tile of logits does to it.
+
+The state of engines/state.py, kept for each of 8 columns of groups: m to base 2, s and t relative to it, and how many
+logits are above the target's. For the top k a row's groups leave their two largest logits in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tuned_lens_fast.kernels.logits import LOG2E, MASKED, finish_logits
+
+
+@triton.jit
+def _best_two(a1, a2, b1, b2):
+    """The two largest of a1 >= a2 and b1 >= b2."""
+    return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def as_it_is(value, like):
+    """For kernels whose compiler chooses layouts."""
+    return value
+
+
+@triton.jit
+def add_tile(
+    acc,  # fp32 [BM, BN], sums of products
+    m,  # fp32 [BM, 8], as s, t, above, largest, first and second
+    s,
+    t,
+    above,
+    largest,  # the largest logit of a slot so far
+    first,  # it and the second largest, their places in the lowest bits
+    second,
+    target_logit,  # fp32 [BM]
+    bias,  # [vocab]
+    token,  # int [BN]
+    valid,  # bool [BN]
+    member,  # int [BN]
+    part,  # the tile's number within its slot
+    slot,
+    group_maxima,  # fp32 [R, 2, slots]
+    rows,  # int [BM]
+    row_mask,  # bool [BM]
+    group,  # int [8]
+    slots,
+    scale,
+    softcap,
+    place_mask,  # clears the bits that hold a place
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    MERGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    RANK: tl.constexpr,
+    TOP: tl.constexpr,
+    LAID_OUT_AS: tl.constexpr,
+):
+    """The rows' running state after one more tile.
+
+    Where the compiler is not the one to choose layouts (overlapped.py), LAID_OUT_AS(value, like) gives ``value`` that
+    of ``like``.
+    """
+    acc = finish_logits(acc, bias, token, valid, scale, softcap, BIAS, SCALE, SOFTCAP, True)
+    if MASK:
+        acc = tl.where(valid[None, :], acc, MASKED)
+    z = acc.reshape(BM, MEMBERS, 8)
+    tile_largest = tl.max(z, 1)
+    if TOP:
+        key = ((acc.to(tl.int32, bitcast=True) & place_mask) | member[None, :]).to(tl.float32, bitcast=True)
+        low, high = tl.split(key.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
+        tile_first, tile_second = tl.reduce((tl.maximum(low, high), tl.minimum(low, high)), 1, _best_two)
+        tile_first, tile_second = LAID_OUT_AS(tile_first, tile_largest), LAID_OUT_AS(tile_second, tile_largest)
+        if MERGED == 1:
+            largest, first, second = tile_largest, tile_first, tile_second
+        else:
+            # What the tiles before it in the same slot had; the slot is written anew with every tile, and stays in L2.
+            tile_first = (tile_first.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
+            tile_second = (tile_second.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
+            largest = tl.maximum(tl.where(part == 0, MASKED, largest), tile_largest)
+            first = tl.where(part == 0, MASKED, first)
+            second = tl.where(part == 0, MASKED, second)
+            first, second = _best_two(first, second, tile_first, tile_second)
+        place = first.to(tl.int32, bitcast=True) & (MEMBERS * MERGED - 1)
+        packed = ((second.to(tl.int32, bitcast=True) & place_mask) | place).to(tl.float32, bitcast=True)
+        at = group_maxima + rows.to(tl.int64)[:, None] * (2 * slots) + slot * 8 + group[None, :]
+        tl.store(at, largest, mask=row_mask[:, None])
+        tl.store(at + slots, packed, mask=row_mask[:, None])
+    # The running maximum is kept to base 2: multiplied by LOG2E anew at each use, its rounding would not cancel.
+    m_new = tl.maximum(m, tile_largest * LOG2E)
+    shift = m - m_new
+    decay = tl.exp2(shift)
+    y = tl.fma(z, LOG2E, (-m_new)[:, None, :].broadcast_to(BM, MEMBERS, 8))
+    p = tl.exp2(y)
+    if ENTROPY:
+        t = decay * tl.fma(shift, s, t) + tl.sum(p * y, 1)
+    s = tl.fma(s, decay, tl.sum(p, 1))
+    if RANK:
+        above += tl.sum(tl.where(z > target_logit[:, None, None], 1.0, 0.0), 1)
+    return m_new, s, t, above, largest, first, second
+
+
+@triton.jit
+def store_state(
+    m,  # fp32 [BM, 8], as s, t and above
+    s,
+    t,
+    above,
+    state,  # fp32 [parts, 4, R]
+    rows,  # int [BM]
+    row_mask,  # bool [BM]
+    part,
+    R,
+    ENTROPY: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """What a program knows of its rows in the end, as one part of ``state``."""
+    m_row = tl.max(m, 1)
+    shift = m - m_row[:, None]
+    decay = tl.exp2(shift)
+    at = state + part.to(tl.int64) * 4 * R + rows
+    tl.store(at, m_row, mask=row_mask)
+    tl.store(at + R, tl.sum(s * decay, 1), mask=row_mask)
+    if ENTROPY:
+        tl.store(at + 2 * R, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
+    if RANK:
+        tl.store(at + 3 * R, tl.sum(above, 1), mask=row_mask)
+
+
+@triton.jit
+def program_of(pid, row_blocks, splits, BAND: tl.constexpr):
+    """The block of rows and the slice of the vocabulary that are a program's.
+
+    Programs that run together form a band of row blocks times a few slices, so that both operands stay in L2.
+    """
+    band = pid // (BAND * splits)
+    band_rows = tl.minimum(row_blocks - band * BAND, BAND)
+    within = pid - band * (BAND * splits)
+    return band * BAND + within % band_rows, within // band_rows

@@ -1,0 +1,179 @@
+"""Logits of a vocabulary tile: PyTorch's matrix product, and those that csrc/ has for CPUs.
+
+x is put into the order that a product wants once, and then multiplied by one tile of W after another. Operands have the
+head's precision, sums and logits are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.tiling import slices
+
+#: Rows and columns that AMX's registers hold; x is padded to multiples of it.
+AMX_BLOCK = 32
+#: Rows that AVX2's product takes at once, and at most how much of W a thread packs: tokens and their weights.
+FMA_ROWS, FMA_BLOCK = 6, (64, 256)
+#: Of W, for AVX2's product; its sums are of fp32.
+FMA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Packed(NamedTuple):
+    """Rows x as a product wants them."""
+
+    rows: int
+    values: Tensor
+
+
+class Matmul:
+    """PyTorch's product, on any device."""
+
+    #: Whether a logit's bits depend on how many others are multiplied with it.
+    shape_dependent = True
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        dtype = head.weight.dtype
+        #: Where PyTorch multiplies 16-bit numbers into fp32, they stay so; elsewhere both are widened.
+        self.narrow = head.weight.is_cuda and dtype in (torch.bfloat16, torch.float16)
+        self.operand = dtype if self.narrow else torch.promote_types(torch.float32, dtype)
+
+    def pack(self, x: Tensor) -> Packed:
+        """x ``[rows, d_model]`` in the head's dtype, for :meth:`multiply`."""
+        return Packed(x.shape[0], x.to(self.operand))
+
+    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
+        """fp32 x W^T of rows of W in its own dtype, ``[rows, tokens]``."""
+        if self.narrow:
+            return torch.mm(x.values, weight.t(), out_dtype=torch.float32)
+        return torch.mm(x.values, weight.to(self.operand).t()).float()
+
+    def scratch(self, rows: int, tile: int) -> int:
+        """Bytes that :meth:`pack` and :meth:`multiply` need beside x, a tile of W in fp32 and the logits."""
+        return 0
+
+    def tiles(self, width: int) -> Iterator[slice]:
+        """The vocabulary, ``width`` tokens at a time."""
+        return slices(self.head.vocab, width)
+
+    def __call__(self, x: Packed, tokens: slice | Tensor, width: int) -> Tensor:
+        """fp32 logits ``[rows, tokens]`` of a tile, or of the tokens with the ids given.
+
+        The last tile's product is as wide as the others, for the same shapes give the same rounding; the
+        columns it shares with the tile before are cut off.
+        """
+        skip = 0
+        if isinstance(tokens, slice) and self.shape_dependent:
+            skip = max(0, tokens.start - max(0, tokens.stop - width))
+            tokens = slice(tokens.start - skip, tokens.stop)
+        z = self.multiply(x, self.head.weight[tokens])
+        if self.head.bias is not None:
+            z += self.head.bias[tokens].float()
+        return self.head.transform(z)[:, skip:]
+
+    def target_logits(self, x: Packed, targets: Tensor, width: int) -> Tensor:
+        """Every row's target logit by a tile's own arithmetic: the diagonal of a product with the targets' rows of W.
+
+        Another way of summing the same product may rank a token behind its equals. x has rows layers x positions,
+        targets int64 ``[positions]``, no more than ``width`` of them, a tile's tokens; fp32 ``[rows]``.
+        """
+        at_once = targets.shape[0]
+        columns = width if self.shape_dependent else at_once
+        ids = torch.nn.functional.pad(targets.clamp(min=0), (0, columns - at_once))
+        z = self(x, ids, width)[:, :at_once].unflatten(0, (-1, at_once))
+        return z.diagonal(dim1=1, dim2=2).flatten()
+
+
+class FmaMatmul(Matmul):
+    """On AVX2's fused multiply-adds, in fp32 throughout; weights of 16 bits are widened a block at a time."""
+
+    shape_dependent = False
+
+    def pack(self, x: Tensor) -> Packed:
+        """``[packs, d_model, 6]``: six rows side by side, with zeros for those there are not."""
+        packs = -(-x.shape[0] // FMA_ROWS)
+        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, packs * FMA_ROWS - x.shape[0]))
+        return Packed(x.shape[0], padded.unflatten(0, (packs, FMA_ROWS)).transpose(1, 2).contiguous())
+
+    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
+        z = x.values.new_empty(x.rows, weight.shape[0])
+        torch.ops.tuned_lens_fast.fma_matmul(x.values, _rows_contiguous(weight), z)
+        return z
+
+    def scratch(self, rows: int, tile: int) -> int:
+        weight = self.head.weight
+        # Of the rows and of the reference: x padded and packed. Of every thread: a block of W.
+        x = 2 * 2 * (rows + FMA_ROWS) * weight.shape[1] * 4
+        block = _threads() * FMA_BLOCK[0] * (min(weight.shape[1], FMA_BLOCK[1]) + 8) * 4
+        return x + block + tile * weight.shape[1] * weight.itemsize * (weight.stride(1) != 1)
+
+
+class AmxMatmul(Matmul):
+    """On AMX, which multiplies bf16 alone: as many bf16 products as :func:`bf16_split` says."""
+
+    shape_dependent = False
+
+    def __init__(self, head: Head, parts: int, most: int) -> None:
+        super().__init__(head)
+        self.parts, self.most = parts, most
+
+    def pack(self, x: Tensor) -> Packed:
+        """``[parts, rows, d_model]`` in bf16."""
+        return Packed(x.shape[0], bf16_parts(x.float(), self.parts))
+
+    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
+        weight = weight if weight.dtype == torch.bfloat16 else weight.float()
+        z = x.values.new_empty(x.rows, weight.shape[0], dtype=torch.float32)
+        torch.ops.tuned_lens_fast.amx_matmul(x.values, _rows_contiguous(weight), self.most, z)
+        return z
+
+    def scratch(self, rows: int, tile: int) -> int:
+        weight = self.head.weight
+        blocks, d_model = -(-tile // AMX_BLOCK), _padded(weight.shape[1])
+        # Of the rows and of the reference: x and its parts. Of every thread: a block of W in its parts.
+        x = 2 * _padded(rows) * d_model * (4 + 2 * self.parts)
+        block = min(_threads(), blocks) * 2 * AMX_BLOCK * d_model * self.parts
+        return x + block + tile * d_model * 4 * (weight.stride(1) != 1)
+
+
+def bf16_split(dtype: torch.dtype, fp32_precision: str) -> tuple[int, int] | None:
+    """Parts of every number, and the most that the numbers of two parts that are multiplied may add up to.
+
+    bf16 takes one product, fp16 four (and is exact). Of fp32, ``torch.backends.mkldnn.matmul.fp32_precision`` says what
+    is wanted: "none", the default, takes six and is as exact as PyTorch's own product; "tf32" and "bf16", or
+    ``torch.set_float32_matmul_precision("high")``, take three, with about 16 bits; "ieee" leaves it to PyTorch: None.
+    """
+    return {
+        torch.bfloat16: (1, 0),
+        torch.float16: (2, 2),
+        torch.float32: {"none": (3, 2), "ieee": None}.get(fp32_precision, (2, 1)),
+    }.get(dtype)
+
+
+def bf16_parts(x: Tensor, count: int) -> Tensor:
+    """x ``[rows, d_model]`` as a sum of bf16 ``[count, rows, d_model]``, padded with zeros for AMX's registers."""
+    rows, d_model = map(_padded, x.shape)
+    parts = x.new_zeros(count, rows, d_model, dtype=torch.bfloat16)
+    inside = parts[:, : x.shape[0], : x.shape[1]]
+    for part in inside:
+        part.copy_(x)
+        x = x - part
+    return parts
+
+
+def _rows_contiguous(weight: Tensor) -> Tensor:
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _padded(size: int) -> int:
+    return -(-size // AMX_BLOCK) * AMX_BLOCK
+
+
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
