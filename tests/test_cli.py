@@ -501,16 +501,17 @@ def test_module_runs(folder):
 def test_version_and_help_import_nothing_that_a_decode_may_not_need():
     script = (
         "import sys, tuned_lens_fast.cli as cli\n"
-        "try: cli.main(sys.argv[1:])\n"
-        "except SystemExit as stop: print(stop.code)\n"
+        "for argument in sys.argv[1:]:\n"
+        "    try: cli.main([argument])\n"
+        "    except SystemExit as stop: print(stop.code)\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
     )
-    for argv, wanted in ((["--version"], f"tuned-lens-fast {tl.__version__}"), (["--help"], "usage: tuned-lens-fast")):
-        done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, check=True)
-        *said, code, modules = done.stdout.splitlines()
-        assert said[0].startswith(wanted)
-        assert code == "0"
-        assert not {"transformers", "huggingface_hub", "pandas", "pyarrow", "plotly"} & {*modules.split()}
+    command = [sys.executable, "-c", script, "--version", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    version, code, usage, *_, last_code, modules = done.stdout.splitlines()
+    assert (version, code, last_code) == (f"tuned-lens-fast {tl.__version__}", "0", "0")
+    assert usage.startswith("usage: tuned-lens-fast")
+    assert not {"transformers", "huggingface_hub", "pandas", "pyarrow", "plotly"} & {*modules.split()}
 
 
 @pytest.mark.parametrize(
@@ -553,6 +554,9 @@ def test_version_and_help_import_nothing_that_a_decode_may_not_need():
         (["{model}", "hi", "--watch", "x" * 100_000], 1, r"watch: 'x+[.]{3}x+' is 100000 tokens .* 99,996 more"),
         (["{model}", "hi", "--device", "x" * 100_000], 1, "device: cannot use 'x+[.]{3}x+': .*"),
         (["{model}", "hi", "--memory-budget", "12parsec"], 2, "argument --memory-budget: got '12parsec'"),
+        (["{model}", "hi\udcff"], 2, "TEXT: got 'hi.+udcff', wanted UTF-8"),
+        (["{model}", "--dtype", "auto", "hi\udcff"], 2, "TEXT: got 'hi.+udcff', wanted UTF-8"),
+        (["{model}", "hi", "--watch", "\udcff"], 2, "--watch: got '.+udcff', wanted UTF-8"),
         (["{model}", "hi", "--top-k", "0"], 2, "argument --top-k: got '0'"),
         (["{model}", "hi", "--engine", "steam"], 2, "argument --engine: invalid choice"),
         (["{model}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),

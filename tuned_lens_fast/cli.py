@@ -170,6 +170,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             args.text = rest.pop(0)
         if sum(source is not None for source in (args.text, args.file, args.jsonl)) != 1:
             parser.error("decode: wanted one of TEXT, -, --file FILE or --jsonl FILE")
+        for name, text in (("TEXT", args.text), *(("--watch", token) for token in args.watch or ())):
+            # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
+            if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+                parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
         if args.jsonl is not None and not _is_folder(args.out):
             parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
         if args.jsonl is None and (args.text_column or args.id_column):
