@@ -223,3 +223,11 @@ def test_safetensors_headers(tmp_path, header):
     for length in (2**64 - 1, 2**40, MOST_DESCRIPTION + 1, len(text) + 100):
         path.write_bytes(struct.pack("<Q", length) + text + bytes(4))
         refused_in_little(path)
+
+
+def test_a_header_as_large_as_a_model_needs_none(tmp_path):
+    """A true one, that safetensors itself would read."""
+    path = tmp_path / "x.safetensors"
+    text = json.dumps({f"{i}.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)})
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    assert "wanted at most 1,048,576" in refused_in_little(path, 8 * MIB)
