@@ -1,4 +1,4 @@
-# `make demo` and `make test` each do all the set-up they need, in .venv.
+# `make demo`, `make quick` and `make test` each do all the set-up they need, in .venv.
 
 PYTHON ?= python3
 # The PyTorch that the tests are run with, on a CPU. With a GPU, or for the newest: make test TORCH=torch
@@ -11,7 +11,7 @@ SMOLLM2 = $(shell $(BIN)/python -c 'import importlib.util as u; print(u.find_spe
 TEXT := The Eiffel Tower is in the city of Paris. Water boils at one hundred degrees, and ice melts at zero.
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test sanitize bench clean
+.PHONY: help demo quick test lint sanitize bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */make \1\t/'
@@ -21,11 +21,20 @@ demo: $(VENV)/.demo  ## read a text at every layer of SmolLM2-135M; writes demo/
 	@$(BIN)/tuned-lens-fast decode "$(SMOLLM2)" --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf "$(TEXT)" \
 		--html demo/heatmap.html
 
-test: $(VENV)/.test  ## lint, types and all tests
+quick: lint  ## lint, types and the tests that tell in two minutes whether a change is right
+	$(PYTEST) -m "not slow"
+
+test: lint  ## lint, types and all tests
+	$(PYTEST)
+
+# A process a core, and a thread a process: what the tests compute is small.
+PYTEST = OMP_NUM_THREADS=1 TRITON_36_PATH="$(abspath $(VENV))/triton-3.6" $(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	TRITON_36_PATH="$(abspath $(VENV))/triton-3.6" $(BIN)/python -m pytest
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # pytest itself, since `python -m pytest` would take the package from here. Leaks at exit are PyTorch's.
 sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined-behaviour sanitizers
@@ -35,9 +44,11 @@ sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 		$(BIN)/pytest tests/test_cpu_engines.py tests/test_emulated.py tests/test_matmuls.py -k 'not eager'
 
-bench: $(VENV)/.test  ## time the engines and the parts of a decode, beside the last time
-	$(BIN)/python -m pytest bench --benchmark-autosave --benchmark-compare --benchmark-group-by=fullname \
-		--benchmark-columns=median,iqr,rounds --benchmark-sort=name
+bench: $(VENV)/.test  ## time the engines and what each statistic adds, beside the last time
+	rm -rf .benchmarks/before
+	if [ -d .benchmarks/now ]; then mv .benchmarks/now .benchmarks/before; fi
+	$(BIN)/python bench/run.py --suite quick --out .benchmarks/now
+	-if [ -d .benchmarks/before ]; then $(BIN)/python bench/run.py --compare .benchmarks/before .benchmarks/now; fi
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) tuned_lens_fast/_native* build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -88,7 +88,7 @@ class Verdict:
 def judge(answer: dict[str, Tensor], problem: Problem, expected: Expected) -> Verdict:
     """Compare an answer, which must hold everything the problem asks for, with what is expected."""
     lead = (problem.layers, problem.positions)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(problem.query.stats, lead)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(problem.asked - {"top_k"} | ({"lse"} & answer.keys()), lead)
     if problem.query.top_k:
         shapes["top_ids"] = shapes["top_log_probs"] = (*lead, problem.query.top_k)
     errors: dict[str, float] = {}

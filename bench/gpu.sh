@@ -26,12 +26,16 @@ status=0
 timeout 180 python3 -m pytest -m gpu tests/gpu --ignore=tests/gpu/test_overlapped.py -q --tb=short -p no:cacheprovider \
     --junitxml="$scratch/tests.xml" || status=$?
 python3 bench/gpu_checks.py "$scratch" "$folder/gpu-checks.json" || status=$?
-timeout 170 python3 bench/run.py --suite gpu --out "$folder" || status=$?
+timeout 190 python3 bench/run.py --suite gpu --out "$folder" || status=$?
 ncu=$(command -v ncu || ls -d /opt/nvidia/nsight-compute/*/ncu /usr/local/cuda/bin/ncu 2>/dev/null | tail -n 1)
 if [ -n "$ncu" ]; then
-    timeout 60 "$ncu" --clock-control none --kernel-name regex:_statistics --launch-skip 1 --launch-count 1 --csv \
-        --metrics "$(python3 bench/profile_statistics.py --metrics)" \
-        python3 bench/profile_statistics.py >"$scratch/profile.csv" 2>&1 ||
+    # Time, the busiest unit of the processors, issue slots, L2 and memory traffic, registers.
+    metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.pct_of_peak_sustained_elapsed
+    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread
+    timeout 60 "$ncu" --clock-control none --kernel-name regex:_vocabulary_pass --launch-skip 1 --launch-count 1 --csv \
+        --metrics "$metrics" python3 bench/run.py --preset llama-3-8b --layers 4 --positions 1024 --start head \
+        --statistics log_prob,rank,entropy,top_10 --contenders triton --rounds 1 >"$scratch/profile.csv" 2>&1 ||
         tail -n 5 "$scratch/profile.csv"
     python3 bench/gpu_checks.py "$scratch" "$folder/gpu-checks.json" || status=$?
 fi

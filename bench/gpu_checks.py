@@ -6,19 +6,18 @@ See bench/gpu.sh; bench/report.py renders it.
 from __future__ import annotations
 
 import csv
-import json
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from tuned_lens_fast.atomic_write import atomic_write
+from record import heading, write
 
 
-def tests(path: Path) -> dict[str, Any]:
-    """Counts, and the names of tests that failed."""
+def tests(path: Path) -> dict[str, Any] | None:
+    """Counts, and the names of tests that failed; None where none have run."""
     if not path.exists():
-        return {"ran": False}
+        return None
     suite = next(iter(ET.parse(path).getroot().iter("testsuite")))
     broken = [
         f"{case.get('classname')}::{case.get('name')}"
@@ -26,7 +25,7 @@ def tests(path: Path) -> dict[str, Any]:
         if case.find("failure") is not None or case.find("error") is not None
     ]
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
-    return {"ran": True, **counts, "seconds": float(suite.get("time", 0)), "broken": broken}
+    return {**counts, "seconds": float(suite.get("time", 0)), "broken": broken}
 
 
 def profile(path: Path) -> dict[str, str]:
@@ -37,18 +36,12 @@ def profile(path: Path) -> dict[str, str]:
     return {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in csv.DictReader(lines)}
 
 
-def main() -> int:
+def main() -> None:
     scratch, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {
-        "kind": "gpu checks",
-        "tests": tests(scratch / "tests.xml"),
-        "profile": profile(scratch / "profile.csv"),
-    }
-    with atomic_write(out) as aside:
-        aside.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"tests: {found['tests']}\nprofile: {found['profile']}")
-    return 0
+    found = {"tests": tests(scratch / "tests.xml"), "profile": profile(scratch / "profile.csv")}
+    write(out, {"kind": "gpu checks", **heading("gpu.sh", [], "cuda"), "command": "bash bench/gpu.sh", **found})
+    print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

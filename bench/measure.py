@@ -1,93 +1,22 @@
-"""Times, memory and what they were measured on. CPU and GPU alike."""
+"""Times calls that take turns, and reads the memory one takes. CPU and GPU alike."""
 
 from __future__ import annotations
 
 import ctypes
-import gc
-import importlib.metadata
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-#: What decides how fast a CPU multiplies.
-CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile", "asimd", "sve", "i8mm")
+from tuned_lens_fast.memory import PeakMemory
+
 #: Of a call's seconds, what the floor takes before and after it, at least.
 FLOOR_SHARE = 0.1
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tuned-lens", "cut-cross-entropy", "liger-kernel")
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Machine, versions and date."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": {"tuned-lens-fast": _version("tuned-lens-fast")} | {name: _version(name) for name in PACKAGES},
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-    if device == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
-        found["gpu"] = {
-            "name": gpu.name,
-            "processors": gpu.multi_processor_count,
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-            "l2_mib": round(gpu.L2_cache_size / 2**20),
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-        }
-    return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit checked out, with a + where files differ from it; None outside of a repository."""
-    folder = Path(__file__).parent
-    try:
-        said = [
-            subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return said[0] + ("+" if said[1] else "")
-
-
-def _cpu() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "name": fields.get("model name", platform.processor() or platform.machine()),
-        "flags": [flag for flag in CPU_FLAGS if flag in flags],
-    }
-
-
-def _driver() -> str | None:
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text().split("\n")[0].split()
-    except OSError:
-        return None
-    return next((word for word in words if word[0].isdigit() and "." in word), None)
 
 
 def timed(call: Callable[[], Any], device: str) -> float:
@@ -108,7 +37,7 @@ def timed(call: Callable[[], Any], device: str) -> float:
 def confidence(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the median of the values' distribution, whatever that is.
 
-    Of fewer than six values nothing can be said. Where rounds end as soon as it is narrow, it holds somewhat less
+    Of fewer than six values nothing can be said. Where calls end as soon as it is narrow, it holds somewhat less
     often. After Conover (1999), "Practical nonparametric statistics".
     """
     count, outside, rank = len(values), 0.0, 0
@@ -202,61 +131,20 @@ def _take_turns(race: Race, due: list[str], times: Times, device: str, alone: bo
             before = after
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "q1", "q3"), values[0])
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q1": q1, "q3": q3}
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """What is kept of the times of one call: their extremes, quartiles and median, and how many there are."""
+    found = torch.tensor(seconds, dtype=torch.float64).quantile(torch.linspace(0, 1, 5, dtype=torch.float64))
+    return {**dict(zip(("min", "q1", "median", "q3", "max"), found.tolist(), strict=True)), "calls": len(seconds)}
 
 
-def _resident(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (the peak since the last reset) in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-class ResidentPeak:
-    """How far the resident peak rises from now on, on Linux.
-
-    What the allocator kept of former calls is given back first, or it would hide the growth.
-    """
-
-    def __init__(self) -> None:
-        gc.collect()
-        self._before: int | None = None
-        if Path("/proc/self/clear_refs").exists():
-            libc = ctypes.CDLL(None)
-            if hasattr(libc, "malloc_trim"):
-                libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self._before = _resident("VmRSS")
-
-    def growth(self) -> int | None:
-        """Bytes; None where the system does not tell."""
-        return None if self._before is None else max(0, _resident("VmHWM") - self._before)
-
-
-def peak_growth(call: Callable[[], Any], device: str) -> tuple[int | None, Any]:
+def peak_growth(call: Callable[[], Any], device: torch.device) -> tuple[int | None, Any]:
     """Bytes by which memory in use grows at most during ``call``, the answer included, and the answer.
 
-    On a CPU the resident peak, which Linux alone lets one reset; elsewhere None. Meanwhile the allocator gives back
-    every MiB that is freed, so that what it would keep for later is not counted.
+    Meanwhile the C library gives back every MiB that is freed, so that what it would keep for later is not counted.
     """
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        answer = call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, answer
     try:
         _map_from(2**20)
-        peak = ResidentPeak()
+        peak = PeakMemory(device, trim=True)
         answer = call()
         return peak.growth(), answer
     finally:
@@ -269,9 +157,3 @@ def _map_from(size: int) -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, size)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2 * size)  # M_TRIM_THRESHOLD, which glibc moves along until either is set
-
-
-def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of size that values grow with: the slope of the least-squares line through their logarithms."""
-    x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-    return statistics.linear_regression(x, y).slope

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import STATISTICS, Head, Norm, Query, Translator
+from tuned_lens_fast.engines.interface import Head, Norm, Query, Translator
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Problem:
 
     @property
     def asked(self) -> frozenset[str]:
-        """The statistics wanted, ``top_k`` among them where a number of top tokens is."""
-        return self.query.stats | ({"top_k"} if self.query.top_k else set())
+        """The statistics wanted: ``top_k`` where a number of top tokens is, and ``lse`` where nothing else is."""
+        return self.query.stats | ({"top_k"} if self.query.top_k else set()) or frozenset({"lse"})
 
     def asking(self, statistics: frozenset[str], top_k: int) -> Problem:
         """The same inputs, another question."""
@@ -105,18 +106,17 @@ class Problem:
 
 
 def question(text: str) -> tuple[frozenset[str], int]:
-    """Statistics and k from "log_prob,rank,kl,top_10".
+    """Statistics and k from "log_prob,rank,kl,top_10", or from "lse", which every answer has.
 
     Raises:
         ValueError: a name that is no statistic.
     """
-    names = [name for name in text.split(",") if name]
-    top_k = [int(name[4:]) for name in names if name.startswith("top_") and name[4:].isdigit()]
-    plain = frozenset(name for name in names if not (name.startswith("top_") and name[4:].isdigit()))
-    unknown = sorted(plain - set(STATISTICS))
-    if unknown or len(top_k) > 1:
-        raise ValueError(f"statistics: got {text!r}, wanted names out of {', '.join(STATISTICS)}, and one top_K")
-    return plain, top_k[0] if top_k else 0
+    names = set(text.split(","))
+    top_k = [name for name in names if name.startswith("top_") and name[4:].isdigit()]
+    plain = names.difference(top_k, {"lse"})
+    if plain - set(STATISTICS) or len(top_k) > 1:
+        raise ValueError(f"statistics: got {text!r}, wanted names out of lse, {', '.join(STATISTICS)}, and one top_K")
+    return frozenset(plain), int(top_k[0][4:]) if top_k else 0
 
 
 def random_problem(

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,70 +22,70 @@ from typing import Any
 import torch
 from contenders import product
 from contenders.adapter import head_inputs
-from measure import Race, environment, interleaved
-from presets import BUDGET, PRESETS, Problem, license_ids, problems, real_model
-from run import command
+from contenders.ours import decode
+from measure import Race, Times, interleaved
+from presets import BUDGET, PRESETS, Problem, license_ids, problems, question, real_model
+from record import heading, write
 
-from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import Norm
 
 #: Vocabulary beside which translators and norm take nearly all of the time.
 FEW_TOKENS = 256
-#: One thing more at a time: name of the part, what is asked for with it.
-STEPS: tuple[tuple[str, frozenset[str], int], ...] = (
-    ("logsumexp", frozenset(), 0),
-    ("entropy", frozenset({"entropy"}), 0),
-    ("log_prob and rank", frozenset({"entropy", "log_prob", "rank"}), 0),
-    ("top 10", frozenset({"entropy", "log_prob", "rank"}), 10),
-    ("kl", frozenset({"entropy", "log_prob", "rank", "kl"}), 10),
-)
+ROUNDS = 5
+#: One thing more at a time: name of the part -> what is asked for with it.
+STEPS = {
+    "logsumexp": "lse",
+    "entropy": "entropy",
+    "log_prob and rank": "log_prob,rank,entropy",
+    "top 10": "log_prob,rank,entropy,top_10",
+    "kl": "log_prob,rank,entropy,kl,top_10",
+}
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a part has to do at least."""
-
-    operations: float  #: of matrix products, a multiplication and an addition being two
-    bytes: float
+def measured(calls: dict[str, Callable[[], Any]], device: str, floor: str | None = None) -> Times:
+    """The times of calls that have been made once before."""
+    interleaved([Race(calls, dict.fromkeys(calls, 1))], device)
+    return interleaved([Race(calls, dict.fromkeys(calls, ROUNDS), floor)], device)[0]
 
 
-def ceilings(dtype: torch.dtype, device: str, mib: int, rounds: int) -> dict[str, float]:
+def ceilings(dtype: torch.dtype, device: str, mib: int) -> dict[str, float]:
     """Operations a second of a large square product and bytes a second, read and written, of a large copy."""
     size = int((mib * 2**20 / 64) ** 0.5)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     source = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)  # its pages are there before the first copy
-    calls: dict[str, Callable[[], Any]] = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    [found] = interleaved([Race(calls, dict.fromkeys(calls, rounds + 1))], device)
-    times = {name: min(seconds) for name, (seconds, _) in found.items()}
+    times = measured({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device)
     return {
-        "operations_per_second": 2 * size**3 / times["product"],
-        "bytes_per_second": 2 * source.numel() / times["copy"],
+        "operations_per_second": 2 * size**3 / min(times["product"][0]),
+        "bytes_per_second": 2 * source.numel() / min(times["copy"][0]),
         "product_size": size,
         "copy_mib": mib,
     }
 
 
-def work(problem: Problem) -> dict[str, Work]:
-    """Of every part of a decode, from the shapes."""
+def work(problem: Problem) -> dict[str, dict[str, float]]:
+    """What every part of a decode has to do at least: operations, a multiply-add being two, and bytes."""
     rows, positions = problem.rows, problem.positions
     vocab, d = problem.head.weight.shape
     wide, state = problem.head.weight.element_size(), problem.hidden[0].element_size()
     translators = sum(t is not None for t in problem.translators)
-    logits = 4.0 * rows * vocab
     found = {
-        "translators and norm": Work(
-            2.0 * translators * positions * d * d, rows * d * (state + wide) + translators * d * d * state
+        "translators and norm": (
+            2.0 * translators * positions * d * d,
+            rows * d * (state + wide) + translators * d * d * state,
         ),
-        "product": Work(2.0 * rows * d * vocab, vocab * d * wide + rows * d * wide),
+        "product": (2.0 * rows * d * vocab, vocab * d * wide + rows * d * wide),
         # The model's own logits, and W^T softmax of them; then a dot product a row.
-        "kl": Work(4.0 * positions * d * vocab, 2.0 * vocab * d * wide + 2 * positions * d * wide + rows * d * wide),
+        "kl": (4.0 * positions * d * vocab, 2.0 * vocab * d * wide + 2 * positions * d * wide + rows * d * wide),
     }
-    return found | {name: Work(0.0, logits) for name, _, _ in STEPS if name not in found}
+    logits = (0.0, 4.0 * rows * vocab)
+    found = dict.fromkeys(("translators and norm", "product", *STEPS), logits) | found
+    return {name: {"operations": operations, "bytes": count} for name, (operations, count) in found.items()}
 
 
-def parts(problem: Problem, engine: Any, rounds: int) -> dict[str, Any]:
+def parts(problem: Problem, engine: Engine) -> dict[str, Any]:
     """Seconds of the whole decode and of its parts by ``engine``, whichever order they would run in."""
     at_head = replace(
         problem,
@@ -98,44 +98,57 @@ def parts(problem: Problem, engine: Any, rounds: int) -> dict[str, Any]:
     floors = [contender.name for contender in products]
     few = replace(problem, head=replace(problem.head, weight=problem.head.weight[:FEW_TOKENS], bias=None))
 
-    def decode(problem: Problem, stats: frozenset[str], top_k: int) -> Callable[[], Any]:
-        asked = problem.asking(stats, top_k)
-        return lambda: engine.decode(asked.hidden, asked.translators, asked.norm, asked.head, asked.query, asked.budget)
+    def asked(problem: Problem, question_: str) -> Callable[[], Any]:
+        problem = problem.asking(*question(question_))
+        return lambda: decode(engine, problem)
 
     calls = {
-        "translators and norm": decode(few, frozenset(), 0),
-        **{name: decode(at_head, stats, top_k) for name, stats, top_k in STEPS},
-        "whole": decode(problem, *STEPS[-1][1:]),
+        "translators and norm": asked(few, "lse"),
+        **{name: asked(at_head, step) for name, step in STEPS.items()},
+        "whole": asked(problem, STEPS["kl"]),
         **{contender.name: contender.prepare(problem) for contender in products},
     }
-    interleaved([Race(calls, dict.fromkeys(calls, 1))], problem.device.type)  # warms up
-    [times] = interleaved([Race(calls, dict.fromkeys(calls, rounds), floors[-1])], problem.device.type)
+    times = measured(calls, problem.device.type, floors[-1])
     beside = median(times[floors[-1]][0])
     # Differences of times are small: each is its multiple of the product's beside it, and all are of one product.
     seconds = {name: median(ratios) * beside for name, (_, ratios) in times.items()}
-    floor = min(seconds[name] for name in floors)
-    found = {"translators and norm": seconds["translators and norm"], "product": floor}
-    before = floor
-    for name, _, _ in STEPS:
+    before = min(seconds[name] for name in floors)
+    found = {"translators and norm": seconds["translators and norm"], "product": before}
+    for name in STEPS:
         found[name] = seconds[name] - before
         before = seconds[name]
     return {"whole": seconds["whole"], "parts": found}
 
 
-def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
-    """What is written to the JSON file."""
-    shape, device = PRESETS[options.preset], options.device
-    dtype = getattr(torch, options.dtype) if options.dtype else torch.float32 if device == "cpu" else shape.dtype
-    problem = next(
-        problems(
-            options.preset, [], [options.positions], [], options.weights, dtype=dtype, device=device, budget=BUDGET
-        )
-    )
-    result: dict[str, Any] = {
+def forward_seconds(preset: str, positions: int, dtype: torch.dtype, device: str) -> float:
+    """The median time of the model's own forward pass, without its head."""
+    model, tokenizer = real_model(preset, dtype, device)
+    ids = license_ids(tokenizer, positions)[None].to(device)
+
+    @torch.inference_mode()
+    def forward() -> Any:
+        return model.base_model(ids, use_cache=False)
+
+    return median(measured({"model": forward}, device)["model"][0])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
+    parser.add_argument("--weights", choices=("random", "real"), default="random")
+    parser.add_argument("--positions", type=int, default=128)
+    parser.add_argument("--ceiling-mib", type=int, default=512, help="of the copy; of a matrix in fp32, a sixteenth")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    shape, device = PRESETS[options.preset], "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.float32 if device == "cpu" else shape.dtype
+    inputs: dict[str, Any] = {"dtype": dtype, "device": device, "budget": BUDGET}
+    [problem] = problems(options.preset, [], [options.positions], [], options.weights, **inputs)
+    real = options.weights == "real"
+    result = {
         "kind": "profile",
-        "command": said,
-        "environment": environment(device),
-        "device": device,
+        **heading("profile_decode.py", arguments, device),
         "preset": options.preset,
         "weights": options.weights,
         "dtype": str(dtype).removeprefix("torch."),
@@ -143,46 +156,18 @@ def run(options: argparse.Namespace, said: str) -> dict[str, Any]:
         "positions": problem.positions,
         "vocab": problem.head.vocab,
         "d_model": shape.d_model,
-        "ceilings": ceilings(dtype, device, options.ceiling_mib, 5),
-        "work": {name: vars(amount) for name, amount in work(problem).items()},
-        "model_seconds": None,
-        "engines": {},
+        "ceilings": ceilings(dtype, device, options.ceiling_mib),
+        "work": work(problem),
+        "model_seconds": forward_seconds(options.preset, options.positions, dtype, device) if real else None,
+        "engines": {
+            name: parts(problem, engine)
+            for name, engine in ENGINES.items()
+            if engine.unavailable(problem.device, problem.dtype) is None
+        },
     }
-    if options.weights == "real":
-        model, tokenizer = real_model(options.preset, dtype, device)
-        ids = license_ids(tokenizer, options.positions)[None].to(device)
-
-        @torch.inference_mode()
-        def forward() -> Any:
-            return model.base_model(ids, use_cache=False)
-
-        forward()
-        [times] = interleaved([Race({"model": forward}, {"model": options.rounds})], device)
-        result["model_seconds"] = median(times["model"][0])
-    for name, engine in ENGINES.items():
-        why = engine.unavailable(problem.device, problem.dtype)
-        result["engines"][name] = {"why": why} if why else parts(problem, engine, options.rounds)
-        print(f"{name}: {json.dumps(result['engines'][name])}", flush=True)
-    print(f"ceilings: {json.dumps(result['ceilings'])}; model: {result['model_seconds']} s")
-    return result
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
-    parser.add_argument("--weights", choices=("random", "real"), default="random")
-    parser.add_argument("--positions", type=int, default=128)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", help="default: fp32 on a CPU, the model's on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--ceiling-mib", type=int, default=512, help="of the copy; of a matrix in fp32, a sixteenth")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    result = run(options, command("profile_decode.py", arguments))
+    print(json.dumps({name: result[name] for name in ("ceilings", "model_seconds", "engines")}, indent=1))
     if options.out:
-        with atomic_write(options.out) as aside:
-            aside.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out, result)
     return 0
 
 

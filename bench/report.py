@@ -1,39 +1,71 @@
-"""Writes docs/performance.md and its pictures from bench/results: python bench/report.py [RESULTS] [DOCUMENT].
+"""Writes docs/performance.md and its picture from bench/results: python bench/report.py
 
-A folder of results (bench/run.py --suite) is a section, and a second folder whose name ends in -again is the same
-comparison run another time. Nothing in the document is typed by hand.
+A folder of results (bench/run.py --suite, bench/gpu.sh) is a section, and a second folder whose name ends in -again is
+the same comparison run another time. No figure in the document is typed by hand.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import operator
+import re
 import statistics
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pictures
-from run import AGREEMENT, agreement
+from contenders import CONTENDERS
+from run import AGREEMENT, SIZES, agreement
+from suites import SUITES
 
 from tuned_lens_fast.atomic_write import atomic_write
 
 HERE = Path(__file__).parent
 AGAIN = "-again"
 Result = dict[str, Any]
+#: Folder of results -> what its section is about. In this order, and those of other names after them.
+TITLES = {
+    "native": "On a CPU: the engines beside the bare product and tuned-lens",
+    "cpu": "On a CPU: all contenders, and what time and memory grow with",
+    "long-context": "On a CPU: long contexts",
+}
+#: What may vary in a comparison -> how a value of it is told.
+AXES = {
+    "preset": "{}",
+    "layers": "{:,} layers",
+    "positions": "{:,} positions",
+    "vocab": "{:,} tokens",
+    "d_model": "d_model {:,}",
+    "dtype": "{}",
+    "threads": "{} threads",
+}
 PREFACE = """# Performance
 
-Written by `python bench/report.py` from the files in `bench/results`.
+What was measured, by which command, on which machine. `python bench/report.py` writes this page from the files in
+`bench/results`; no figure is typed by hand.
 
-Times are medians of interleaved rounds. *Over product*: divided by the median time of the bare matrix product of all
-rows with the unembedding in the quickest of its forms; quartiles in parentheses. *rows/s*: layers x positions
-a second, at the largest size. *MiB*: growth of the peak of memory during a call, for the sizes in turn; the answer is
-part of it, what the allocator keeps for later is not. *Error*: the largest difference from float64 of any value, on a
-sample of rows, as a share of what this package promises (1e-4 + 1e-5 of the value; 5e-4 + 1e-4 of it for reverse_kl, js
-and tv); ranks and top ids must be right. *Over linear*: divided by the time of `F.linear` alone, which writes all
-logits to new memory. A contender whose numbers are wrong is refused and not timed.
+To measure a machine of your own: `python bench/run.py --suite native` or `--suite cpu` (all parts, or `--part` of
+them), or on a GPU `bash bench/gpu.sh`; `python bench/run.py --help` tells how to ask for other models, sizes and
+statistics. `python bench/run.py --compare A B` tells how far two runs are apart, and `make bench` how far the engines
+are from the last time. `python bench/static.py --architecture 80` (or 90, 100) needs no GPU: it predicts, from the
+kernels' machine code, what the statistics of a tile cost over its product.
+
+How to read the tables:
+
+- A cell is the median time of calls that took turns, and then that time *over the product's*: divided by the median
+  time of the bare matrix product of all rows with the unembedding, in the quickest of its forms; quartiles in
+  parentheses.
+- *MiB*: growth of the peak of memory during a call, for the columns in turn; the answer is part of it, what the
+  allocator keeps for later is not.
+- *Error*: the largest difference from float64 of any value, on a sample of rows, as a share of what this package
+  promises (1e-4 + 1e-5 of the value; 5e-4 + 1e-4 of it for reverse_kl, js and tv), for the columns in turn. Ranks and
+  top ids must be right. A contender whose numbers are wrong is refused and not timed.
+- A commit with a + was measured with files that differed from it.
+
+| contender | what it runs |
+|---|---|
 """
 
 
@@ -52,175 +84,248 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]
     yield ""
 
 
-def machine(environment: dict[str, Any], device: str) -> str:
-    """The machine, its software and the date in a sentence or two."""
-    cpu = environment["cpu"]
-    words = f"{cpu['name']}, {environment['cores']} cores, {environment['threads']} threads"
-    words += f" ({', '.join(cpu['flags'])})" if cpu["flags"] else ""
-    words += f", {environment['memory_gib']:.0f} GiB of memory; {environment['system']}"
-    if device == "cuda":
-        gpu = environment["gpu"]
-        words = (
+def machine(environment: Result) -> str:
+    """The machine and its software in a sentence or two."""
+    words = []
+    if gpu := environment.get("gpu"):
+        words.append(
             f"{gpu['name']}, {gpu['processors']} multiprocessors, {gpu['memory_gib']:.0f} GiB of memory, "
-            f"{gpu['l2_mib']} MiB of L2, driver {gpu['driver']}, CUDA {gpu['cuda']}; {words}"
+            f"{gpu['l2_mib']} MiB of L2, driver {gpu['driver']}, CUDA {gpu['cuda']}"
         )
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    commit = f", commit {environment['commit']}" if environment["commit"] else ""
-    return f"{words}. Python {environment['python']}, {versions}{commit}. {environment['date']}."
-
-
-def same(cases: list[Result]) -> dict[tuple, list[Result]]:
-    """Cases by what was asked of which model, in the order they were run."""
-    found: dict[tuple, list[Result]] = {}
-    for case in cases:
-        found.setdefault((case["preset"], case["statistics"]), []).append(case)
-    return found
-
-
-def varying(cases: list[Result]) -> str:
-    """The size that differs between cases."""
-    axes = ("layers", "vocab", "threads", "positions")
-    return next((axis for axis in axes if len({case[axis] for case in cases}) > 1), "positions")
-
-
-def comparison(result: Result, name: str, title: str, folder: Path) -> Iterator[str]:
-    """One part of a suite: its tables, and pictures where one size grows."""
-    yield f"### {title}\n"
-    yield f"`{result['command']}`\n"
-    for (preset, asked), cases in same(result["cases"]).items():
-        axis = varying(cases)
-        case = cases[0]
-        sizes = {"layers": "layers", "positions": "positions", "vocab": "tokens", "threads": "threads"}
-        fixed = " x ".join(f"{case[size]:,} {word}" for size, word in sizes.items() if size != axis or len(cases) == 1)
-        weights = "its own weights" if result["weights"] == "real" else "random weights"
-        start = "" if result["start"] == "hidden" else ", from what the head receives"
-        yield f"{preset} ({fixed}, d_model {case['d_model']}, {case['dtype']}, {weights}{start}): `{asked}`\n"
-        yield from contenders(cases, axis, result["ours"])
-        if len({case[axis] for case in cases}) >= 3:
-            picture = f"{name}-{preset}-{asked.replace(',', '-')}.svg"
-            pictures.growth(cases, axis, result["ours"], folder / picture)
-            yield f"![Time and memory against {axis}: {preset}, {asked}]({folder.name}/{picture})\n"
-
-
-def contenders(cases: list[Result], axis: str, ours: list[str]) -> Iterator[str]:
-    """A table with a line for every contender: what it took at every size, or why it took nothing."""
-    header = [""]
-    for case in cases:
-        header += [f"{case[axis]:,} {pictures.AXES[axis].split()[0]}: s", "over product"]
-    linear = "linear" in cases[0]["contenders"]
-    rows = []
-    for name in cases[0]["contenders"]:
-        entries = [case["contenders"][name] for case in cases]
-        bold = f"**{name}**" if name in ours else name
-        if not any("seconds" in entry for entry in entries):
-            rows.append([bold, f"{entries[0]['status']}: {entries[0]['why']}", *[""] * (len(header) + 1 + linear)])
-            continue
-        last = next(entry for entry in reversed(entries) if "seconds" in entry)
-        worst = [max(entry["errors_over_allowed"].values()) for entry in entries if entry.get("errors_over_allowed")]
-        peaks = [entry.get("peak_extra_bytes") for entry in entries if "seconds" in entry]
-        rows.append(
-            [
-                bold,
-                *(text for entry in entries for text in (seconds(entry), ratio(entry))),
-                number(last["rows_per_second"]),
-                ", ".join(number(peak / 2**20) for peak in peaks if peak is not None),
-                f"{max(worst):.2f}" if worst else "",
-                *([number(over_linear(cases[-1], name))] if linear else []),
-            ]
+    if cpu := environment.get("cpu"):
+        flags = f" ({', '.join(cpu['flags'])})" if cpu["flags"] else ""
+        words.append(
+            f"{cpu['name']}, {environment['cores']} cores, {environment['threads']} threads{flags}, "
+            f"{environment['memory_gib']:.0f} GiB of memory; {environment['system']}"
         )
-    yield from table([*header, "rows/s", "MiB", "error", *["over linear"] * linear], rows)
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{'; '.join(words)}. Python {environment['python']}, {versions}."
 
 
-def over_linear(case: Result, name: str) -> float:
-    """Time over that of F.linear alone, which writes all logits to new memory: both as multiples of the product's."""
-    multiples = (case["contenders"][one].get("over_product", {}).get("median", math.nan) for one in (name, "linear"))
-    return operator.truediv(*multiples)
+def source(result: Result, suite: str, part: str) -> str:
+    """The command that a result was made with, its commit and date."""
+    command, environment = result["command"], result["environment"]
+    if command == f"python bench/{SUITES[suite].get(part)}":
+        command = f"python bench/run.py --suite {suite} --part {part}"
+    commit = f"commit {environment['commit']}, " if environment["commit"] else ""
+    return f"`{command}` ({commit}{environment['date']})\n"
 
 
-def seconds(entry: Result) -> str:
-    """The median, or why there is none."""
-    return number(entry["seconds"]["median"]) if "seconds" in entry else f"{entry['status']}: {entry['why']}"
+def bold(name: str) -> str:
+    return f"**{name}**" if name in CONTENDERS and CONTENDERS[name].ours else name
 
 
-def ratio(entry: Result) -> str:
-    """Time over the product's, with its quartiles where there are several rounds."""
-    found = entry.get("over_product")
-    if found is None:
-        return ""
-    many = entry["seconds"]["rounds"] > 1
-    return f"{found['median']:.2f}" + (f" ({found['q1']:.2f} to {found['q3']:.2f})" if many else " (one round)")
+def told(case: Result, axes: Iterable[str]) -> str:
+    return ", ".join(AXES[axis].format(case[axis]) for axis in axes if case[axis] is not None)
 
 
-def growth(results: dict[str, Result]) -> Iterator[str]:
-    """Exponents of all sweeps, and what memory did."""
-    lines = [
-        line for result in results.values() for line in result.get("exponents", []) if line["to"] >= 8 * line["from"]
-    ]
-    if not lines:
-        return
-    yield "### Growth\n"
-    yield "Time and memory grow with these powers of a size, by least squares through the logarithms.\n"
-    rows = [
-        [
-            line["contender"],
-            f"{line['from']:,} to {line['to']:,} {pictures.AXES[line['axis']].split()[0]}",
-            f"{line['time']:.3f}",
-            "" if line["memory"] is None else f"{line['memory']:.3f}",
-            "" if line["peaks"] is None else " to ".join(number(peak / 2**20) for peak in line["peaks"]),
-        ]
-        for line in sorted(lines, key=lambda line: line["axis"])
-        if line["contender"] not in pictures.FLOORS
-    ]
-    yield from table(["", "from … to", "time", "memory", "MiB"], rows)
-
-
-def profile(result: Result, name: str, folder: Path) -> Iterator[str]:
-    """Parts of a decode and their shares of the ceilings."""
-    peak, bandwidth = (result["ceilings"][name] for name in ("operations_per_second", "bytes_per_second"))
+def comparison(result: Result) -> Iterator[str]:
+    """One part of a suite: a line for every question and contender, a column for every size."""
+    cases, per_second = result["cases"], 1e3 if result["device"] == "cuda" else 1
+    varying = [axis for axis in AXES if len({case[axis] for case in cases}) > 1]
+    columns = list(dict.fromkeys(told(case, varying) for case in cases))
+    questions = list(dict.fromkeys(case["statistics"] for case in cases))
     weights = "its own weights" if result["weights"] == "real" else "random weights"
-    yield "### Where the time goes\n"
-    yield f"`{result['command']}`\n"
+    start = ", from what the head receives" if result["start"] == "head" else ""
+    asked = f": `{questions[0]}`" if len(questions) == 1 else ""
+    same = told(cases[0], (axis for axis in AXES if axis not in varying))
+    yield f"{same}, {weights}{start}{asked}\n"
+    if "note" in result:
+        yield f"> {result['note']}\n"
+    rows: list[list[str]] = []
+    missing: dict[str, dict[str, None]] = {}
+    for question, name in itertools.product(questions, CONTENDERS):
+        found = {
+            told(case, varying): case["contenders"][name]
+            for case in cases
+            if case["statistics"] == question and name in case["contenders"]
+        }
+        for entry in found.values():
+            if "why" in entry:
+                missing.setdefault(f"{entry['status']}: {entry['why']}", {})[name] = None
+        if all("why" in entry for entry in found.values()):
+            continue
+        entries = [found.get(column, {}) for column in columns]
+        peaks = [number(entry["peak_extra_bytes"] / 2**20) for entry in entries if entry.get("peak_extra_bytes")]
+        label = bold(name) if len(questions) == 1 else f"`{question}`: {bold(name)}"
+        rows.append([label, *(cell(entry, per_second) for entry in entries), ", ".join(peaks), errors(entries)])
+    unit = "ms" if per_second > 1 else "s"
+    header = ["", *(f"{column}: {unit}" if column else f"{unit}, over product" for column in columns), "MiB", "error"]
+    yield from table(header, rows)
+    if missing:
+        yield "Without a time: " + "; ".join(f"{', '.join(names)} ({why})" for why, names in missing.items()) + ".\n"
+
+
+def cell(entry: Result, per_second: float) -> str:
+    """Time and its multiple of the product's, with quartiles where there were several calls."""
+    if "seconds" not in entry:
+        return entry.get("status", "not timed" if entry else "")
+    seconds, ratio = entry["seconds"], entry.get("over_product")
+    time = number(seconds["median"]) if per_second == 1 else f"{round(per_second * seconds['median'], 6):.2f}"
+    if ratio is None:
+        return time
+    spread = f" ({ratio['q1']:.2f} to {ratio['q3']:.2f})" if seconds.get("calls", 0) > 1 else ""
+    return f"{time}, {ratio['median']:.2f}{spread}" + (" (one call)" if seconds.get("calls") == 1 else "")
+
+
+def errors(entries: list[Result]) -> str:
+    """The largest error of every column, and which statistic's that is where it is always the same."""
+    of_columns = [entry["errors_over_allowed"] for entry in entries if entry.get("errors_over_allowed")]
+    worst = [max(some.items(), key=lambda item: item[1]) for some in of_columns]
+    names = {name for name, _ in worst}
+    return ", ".join(f"{share:.2f}" for _, share in worst) + (f" ({names.pop()})" if len(names) == 1 else "")
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of size that values grow with: the slope of the least-squares line through their logarithms."""
+    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A comparison where one size alone varies, eightfold or more."""
+
+    axis: str
+    sizes: list[int]
+    entries: dict[str, list[Result]]  #: of every contender that has times at all sizes
+
+    @classmethod
+    def of(cls, cases: list[Result]) -> Sweep | None:
+        """The sweep that these cases are, if they are one."""
+        varying = [axis for axis in (*AXES, "statistics") if len({case[axis] for case in cases}) > 1]
+        if len(varying) != 1 or varying[0] not in SIZES:
+            return None
+        cases = sorted(cases, key=lambda case: case[varying[0]])
+        entries = {name: [case["contenders"].get(name, {}) for case in cases] for name in CONTENDERS}
+        entries = {name: some for name, some in entries.items() if all("seconds" in entry for entry in some)}
+        sizes = [case[varying[0]] for case in cases]
+        return cls(varying[0], sizes, entries) if len(sizes) > 2 and sizes[-1] >= 8 * sizes[0] else None
+
+    def grown(self, name: str) -> str:
+        """The powers of the size that time and memory grow with, and MiB at both ends."""
+        if name not in self.entries:
+            return ""
+        time = f"{exponent(self.sizes, [entry['seconds']['median'] for entry in self.entries[name]]):.3f}"
+        peaks = [entry["peak_extra_bytes"] / 2**20 for entry in self.entries[name] if entry.get("peak_extra_bytes")]
+        if len(peaks) < len(self.sizes):
+            return time
+        return f"{time}, {exponent(self.sizes, peaks):.3f} ({number(peaks[0])} to {number(peaks[-1])})"
+
+
+def growth(sweeps: list[Sweep], picture: Path) -> Iterator[str]:
+    """Exponents of all sweeps, what memory did, and a picture of both."""
+    yield "### growth\n"
+    yield (
+        "The powers of a size that time, and then memory, grow with, by least squares through the logarithms of the "
+        "tables above; in parentheses, MiB from the smallest size to the largest.\n"
+    )
+    yield from table(
+        ["", *(f"{sweep.sizes[0]:,} to {AXES[sweep.axis].format(sweep.sizes[-1])}" for sweep in sweeps)],
+        (
+            [bold(name), *(sweep.grown(name) for sweep in sweeps)]
+            for name in CONTENDERS
+            if any(name in sweep.entries for sweep in sweeps)
+        ),
+    )
+    draw(sweeps, picture)
+    axes = ", ".join(sweep.axis for sweep in sweeps)
+    yield f"![Time and memory against {axes}]({picture.parent.name}/{picture.name})\n"
+
+
+#: Of every contender in the picture, a colour that the colour-blind can tell from the others, and a marker.
+LOOKS = {
+    "native": ("#D55E00", "o"),
+    "triton": ("#CC3311", "D"),
+    "eager": ("#E69F00", "s"),
+    "product-tiles": ("#777777", ""),
+    "product-native": ("#000000", ""),
+    "loop": ("#0072B2", "^"),
+}
+
+
+def draw(sweeps: list[Sweep], path: Path) -> None:
+    """Time, and memory below it, against every size, all axes logarithmic. The same results give the same bytes."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    values = {
+        "seconds": lambda entry: entry["seconds"]["median"],
+        "MiB beyond the inputs": lambda entry: (entry.get("peak_extra_bytes") or math.nan) / 2**20,
+    }
+    figure, panels = plt.subplots(2, len(sweeps), figsize=(10, 5), sharex="col", sharey="row", squeeze=False)
+    for column, sweep in enumerate(sweeps):
+        for row, (what, value) in enumerate(values.items()):
+            panel = panels[row][column]
+            for name, entries in sweep.entries.items():
+                colour, marker = LOOKS.get(name, ("#56B4E9", "v"))
+                style = {"color": colour, "marker": marker, "linestyle": "-" if marker else "--"}
+                panel.plot(sweep.sizes, [value(entry) for entry in entries], label=name, **style)
+            panel.set(xscale="log", yscale="log", ylabel="" if column else what)
+            panel.set_xticks(sweep.sizes, ["" if i % 2 else f"{size:,}" for i, size in enumerate(sweep.sizes)])
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        panels[1][column].set_xlabel(AXES[sweep.axis].format(0)[2:])
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, frameon=False, loc="upper center", ncols=len(names))
+    with plt.rc_context({"svg.hashsalt": "tuned_lens_fast", "svg.fonttype": "none"}), atomic_write(path) as aside:
+        figure.savefig(aside, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+        aside.write_text(compact(aside.read_text()))
+    plt.close(figure)
+
+
+def compact(svg: str) -> str:
+    """The same picture with tenths of a point, and without comments and names that nothing refers to."""
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"-?\d+\.\d{2,}", lambda match: f"{float(match[0]):.1f}".removesuffix(".0"), svg)
+    used = set(re.findall(r"#(\w+)", svg))
+    svg = re.sub(r' id="(\w+)"', lambda match: match[0] if match[1] in used else "", svg)
+    return re.sub(r">\s+<", "><", re.sub(r"[ \n]+", " ", svg)).replace("</g>", "</g>\n")
+
+
+def profile(result: Result) -> Iterator[str]:
+    """Parts of a decode and their shares of the ceilings."""
+    ceilings, work = result["ceilings"], result["work"]
+    peak, bandwidth = ceilings["operations_per_second"], ceilings["bytes_per_second"]
+    weights = "its own weights" if result["weights"] == "real" else "random weights"
     size = f"{result['layers']} layers x {result['positions']} positions x {result['vocab']:,} tokens"
-    ceilings = result["ceilings"]
     yield (
         f"{result['preset']}, {size}, {result['dtype']}, {weights}. A part's time is what a decode takes longer when "
         "it is asked for that too; by noise it may fall below 0. Ceilings, measured in the same process: "
         f"{peak / 1e9:,.0f}e9 operations a second (a product of two matrices of {ceilings['product_size']:,} x "
         f"{ceilings['product_size']:,}) and {bandwidth / 1e9:,.1f}e9 bytes a second, read and written (a copy of "
-        f"{ceilings['copy_mib']:,} MiB). Bytes: a part's inputs read and its results written once; of a statistic, "
-        "fp32 logits read once. Where those stay in cache or on the chip, their share of the copy's speed may pass 1.\n"
+        f"{ceilings['copy_mib']:,} MiB); in parentheses, a part's shares of the two. Bytes: a part's inputs read and "
+        "its results written once; of a statistic, fp32 logits read once. Where those stay in cache or on the chip, "
+        "their share of the copy's speed may pass 1.\n"
     )
     if result["model_seconds"] is not None:
         yield f"The model's own forward pass, without its head: {number(result['model_seconds'])} s.\n"
-    for engine, found in result["engines"].items():
-        if "why" in found:
-            yield f"{engine}: {found['why']}\n"
-            continue
-        rows = []
-        for part, seconds in found["parts"].items():
-            need = result["work"][part]
-            shown = [number(need["operations"] / 1e9) if need["operations"] else "", number(need["bytes"] / 1e6)]
-            shares = ["", ""]
-            if seconds > 0:
-                shares = [
-                    f"{need['operations'] / seconds / peak:.2f}" if need["operations"] else "",
-                    f"{need['bytes'] / seconds / bandwidth:.2f}",
-                ]
-            rows.append([part, number(seconds), f"{seconds / found['whole']:.0%}", *shown, *shares])
-        rows.append(["the whole decode, asked at once", number(found["whole"]), "100%", "", "", "", ""])
-        header = [engine, "s", "share", "1e9 operations", "1e6 bytes", "of the product's speed", "of the copy's speed"]
-        yield from table(header, rows)
-    if any("parts" in found for found in result["engines"].values()):
-        pictures.profile(result, folder / f"{name}.svg")
-        pictures.roofline(result, folder / f"{name}-roofline.svg")
-        yield f"![Parts of a decode]({folder.name}/{name}.svg)\n"
-        yield f"![Roofline]({folder.name}/{name}-roofline.svg)\n"
+
+    def took(part: str, found: Result) -> str:
+        seconds, need = found["parts"][part], work[part]
+        shares = [(need["operations"], peak, "product"), (need["bytes"], bandwidth, "copy")]
+        told = [f"{name} {count / seconds / speed:.2f}" for count, speed, name in shares if count and seconds > 0]
+        share = f"{number(seconds)}, {seconds / found['whole']:.0%}"
+        return f"{share} ({', '.join(told)})" if told else share
+
+    engines = result["engines"].values()
+    rows = [
+        [
+            part,
+            number(need["operations"] / 1e9) if need["operations"] else "",
+            number(need["bytes"] / 1e6),
+            *(took(part, found) for found in engines),
+        ]
+        for part, need in work.items()
+    ]
+    rows.append(["the whole decode, asked at once", "", "", *(number(found["whole"]) for found in engines)])
+    yield from table(["", "1e9 operations", "1e6 bytes", *(f"{name}: s" for name in result["engines"])], rows)
 
 
-def long_contexts(result: Result, part: str) -> Iterator[str]:
+def long_contexts(result: Result) -> Iterator[str]:
     """What a decode of a long prompt, or of many, needs at every number of positions."""
-    yield f"### {part}\n"
-    yield f"`{result['command']}`\n"
     yield (
         f"SmolLM2-135M, the model's own output and {result['layers']} layers: `{','.join(result['statistics'])}`, "
         f"memory_budget {result['runs'][0]['budget'] / 2**20:.0f} MiB. *Peak*: growth of the resident peak beyond the "
@@ -236,19 +341,17 @@ def long_contexts(result: Result, part: str) -> Iterator[str]:
             number(run["engine_s"]),
             f"{run['outside_share']:.2%}",
             number(run["decode_ms_per_position"]),
+            run["plan"],
         ]
         for run in result["runs"]
     ]
-    header = ["positions", "cache, MiB", "peak, MiB", "model, s", "engine, s", "outside", "ms a position, model apart"]
-    yield from table(header, rows)
-    yield "Planned, or written: " + "; ".join(dict.fromkeys(run["plan"] for run in result["runs"])) + ".\n"
+    times = ["model, s", "engine, s", "outside", "ms a position, model apart"]
+    yield from table(["positions", "cache, MiB", "peak, MiB", *times, "planned, or written"], rows)
 
 
 def repeated(first: Path, second: Path) -> Iterator[str]:
     """How far two runs are apart."""
     lines = agreement(first, second)
-    if not lines:
-        return
     apart = [line for line in lines if line[3] > AGREEMENT]
     yield "### The same comparison a second time\n"
     yield f"`python bench/run.py --compare bench/results/{first.name} bench/results/{second.name}`\n"
@@ -264,112 +367,67 @@ def repeated(first: Path, second: Path) -> Iterator[str]:
 
 def gpu_checks(result: Result) -> Iterator[str]:
     """The GPU tests and the profiler's counters of bench/gpu.sh."""
-    found = result["tests"]
-    if found.get("ran"):
+    if found := result["tests"]:
+        broken = f": {', '.join(found['broken'])}" if found["broken"] else ""
         yield (
             f"Tests on this GPU (`pytest -m gpu tests/gpu`): {found['tests']} in {found['seconds']:.0f} s, "
-            f"{found['failures'] + found['errors']} failed, {found['skipped']} skipped"
-            + (f": {', '.join(found['broken'])}" if found["broken"] else "")
-            + ".\n"
+            f"{found['failures'] + found['errors']} failed, {found['skipped']} skipped{broken}.\n"
         )
     if result["profile"]:
         yield "The statistics kernel under a profiler:\n"
         yield from table(["counter", "value"], result["profile"].items())
 
 
-def recorded(result: Result, source: str) -> Iterator[str]:
-    """A result in the layout that bench/gpu.sh wrote first: times of one engine's questions over the product's."""
-    e = result["environment"]
-    yield (
-        f"{e['device']}, {e['processors']} multiprocessors, {e['memory_bytes'] / 2**30:.0f} GiB of memory, driver "
-        f"{e['driver']}, CUDA {e['cuda']}. Python {e['python']}, torch {e['torch']}, Triton {e['triton']}, "
-        f"tuned_lens_fast {e['tuned_lens_fast']}. {e['date']}. `bash bench/gpu.sh`, recorded in {source}.\n"
-    )
-    if "note" in result:
-        yield f"> {result['note']}\n"
-    shapes = {name: part["shape"] for name, part in result["timings"].items()}
-    names = [
-        f"{name}: {s['layers']} x {s['positions']:,} rows, d {s['d_model']}, V {s['vocab']:,}"
-        for name, s in shapes.items()
-    ]
-    labels = dict.fromkeys(label for part in result["timings"].values() for label in part["times"])
-    yield "Milliseconds, and time over the bare product's in the same run, bf16:\n"
-    rows = []
-    for label in labels:
-        times = [part["times"].get(label) for part in result["timings"].values()]
-        rows.append([label, *("" if t is None else f"{t['ms']:.2f} ({t['ratio']:.2f})" for t in times)])
-    yield from table(["", *names], rows)
-    rows = []
-    for name, part in result["correctness"].items():
-        worst, share = max(part["errors_over_allowed"].items(), key=lambda item: item[1])
-        exact = "yes" if part["ranks_right"] and part["top_ids_right"] else "no"
-        rows.append([name, f"{share:.2f} ({worst})", exact])
-    yield "Largest error against float64, as a share of what is allowed:\n"
-    yield from table(["", "error", "ranks and top ids right"], rows)
-    for name, part in result["memory"].items():
-        s = part["shape"]
-        yield (
-            f"{name}, {s['layers']} x {s['positions']:,} rows from hidden states: {part['seconds']:.2f} s and "
-            f"{part['peak_extra_mib']} MiB beyond hidden states and answer, of a budget of {part['budget_mib']} MiB.\n"
-        )
-    yield from gpu_checks(result)
+KINDS = {
+    "comparison": comparison,
+    "profile": profile,
+    "long contexts": long_contexts,
+    "gpu checks": gpu_checks,
+}
 
 
-def section(folder: Path, pictures_folder: Path) -> Iterator[str]:
-    """A folder of results."""
-    results: dict[str, Result] = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    measured = [result for result in results.values() if "environment" in result]
-    if not measured:
-        return
-    device = measured[0]["device"]
-    name = measured[0]["environment"]["gpu"]["name"] if device == "cuda" else measured[0]["environment"]["cpu"]["name"]
-    yield f"## {folder.name.replace('-', ' ')}: on a {'GPU' if device == 'cuda' else 'CPU'}, {name}\n"
-    for words in dict.fromkeys(machine(result["environment"], device) for result in measured):
+def section(folder: Path, pictures: Path) -> Iterator[str]:
+    """A folder of results, in its suite's order."""
+    suite = folder.name if folder.name in SUITES else "gpu"
+    order = [*SUITES[suite]]
+    paths = sorted(folder.glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else len(order))
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    title = TITLES.get(folder.name, f"On a {'GPU' if next(iter(results.values()))['device'] == 'cuda' else 'CPU'}")
+    yield f"## {title}{'' if folder.name in TITLES else f': {folder.name}'}\n"
+    for words in dict.fromkeys(machine(result["environment"]) for result in results.values()):
         yield f"{words}\n"
-    what = {name: text for result in measured for name, text in result.get("what", {}).items()}
-    ours = {name for result in measured for name in result.get("ours", [])}
-    if what:
-        rows = [[f"**{name}**" if name in ours else name, text] for name, text in what.items()]
-        yield from table(["contender", "what it runs"], rows)
     for part, result in results.items():
-        if result.get("kind") == "comparison":
-            yield from comparison(result, f"{folder.name}-{part}", part.replace("-", " "), pictures_folder)
-    yield from growth(results)
-    for part, result in results.items():
-        if result.get("kind") == "profile":
-            yield from profile(result, f"{folder.name}-{part}", pictures_folder)
-        elif result.get("kind") == "long contexts":
-            yield from long_contexts(result, part.replace("-", " "))
-        elif result.get("kind") == "gpu checks":
-            yield from gpu_checks(result)
-    again = folder.with_name(folder.name + AGAIN)
-    if again.is_dir():
+        yield f"### {part.replace('-', ' ')}\n"
+        yield source(result, suite, part)
+        yield from KINDS[result["kind"]](result)
+    comparisons = (result["cases"] for result in results.values() if result["kind"] == "comparison")
+    if sweeps := [sweep for cases in comparisons if (sweep := Sweep.of(cases))]:
+        yield from growth(sweeps, pictures / f"{folder.name}-growth.svg")
+    if (again := folder.with_name(folder.name + AGAIN)).is_dir():
         yield from repeated(folder, again)
 
 
-def document(results: Path, pictures_folder: Path) -> str:
+def document(results: Path, pictures: Path) -> str:
     """The whole page."""
-    lines = [PREFACE]
-    for folder in sorted(path for path in results.iterdir() if path.is_dir() and not path.name.endswith(AGAIN)):
-        lines += section(folder, pictures_folder)
-    for path in sorted(results.glob("*.json")):
-        lines.append(f"## On a GPU, recorded: {path.stem}\n")
-        lines += recorded(json.loads(path.read_text()), f"`bench/results/{path.name}`")
-    return "\n".join(lines)
+    folders = sorted(path for path in results.iterdir() if path.is_dir() and not path.name.endswith(AGAIN))
+    order = [*TITLES]
+    folders.sort(key=lambda path: order.index(path.name) if path.name in order else len(order))
+    sections = [line for folder in folders for line in section(folder, pictures)]
+    contenders = "".join(f"| {bold(name)} | {contender.what} |\n" for name, contender in CONTENDERS.items())
+    return "\n".join([PREFACE + contenders, *sections])
 
 
-def main() -> int:
-    results = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else HERE.parent / "docs" / "performance.md"
-    folder = target.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.svg"):
+def main() -> None:
+    target = HERE.parent / "docs" / "performance.md"
+    pictures = target.with_suffix("")
+    pictures.mkdir(exist_ok=True)
+    for old in pictures.glob("*.svg"):
         old.unlink()
+    page = document(HERE / "results", pictures)
     with atomic_write(target) as aside:
-        aside.write_text(document(results, folder))
+        aside.write_text(page)
     print(f"written: {target}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

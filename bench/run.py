@@ -1,14 +1,15 @@
 """Times, memory and errors of this package beside everything a user would otherwise run.
 
     python bench/run.py --preset smollm2-135m --weights real --positions 32 64 128 [--out RESULT.json]
-    python bench/run.py --suite cpu [--out FOLDER] [--part NAME ...] [--again]
+    python bench/run.py --suite cpu [--part NAME ...] [--out FOLDER]
     python bench/run.py --compare A B
 
 All contenders get the same inputs and must give the numbers of float64 on a sample of rows before any is timed; one
 that does not is refused, one that cannot run says why. They take turns; times are medians with quartiles, and are told
-as multiples of the bare matrix product's as well. --suite runs the comparisons that docs/performance.md
-is made of (bench/report.py), each part in a process of its own, and goes on where it was stopped.
-The exit status is 1 where an engine of this package fails, or errs by more than it promises.
+as multiples of the bare matrix product's as well. --suite runs the comparisons that docs/performance.md is made of
+(bench/report.py), each part in a process of its own, and leaves out those whose results are there, unless they are
+asked for by --part. --compare tells how far two runs of the same comparison are apart. The exit status is 1 where an
+engine of this package fails, or errs by more than it promises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import gc
 import itertools
 import json
-import os
 import shlex
 import statistics
 import subprocess
@@ -31,19 +31,17 @@ from typing import Any
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import Race, environment, exponent, interleaved, peak_growth, spread
+from measure import Race, interleaved, peak_growth, quantiles
 from presets import BUDGET, PRESETS, Problem, problems, question
+from record import heading, write
 from suites import FULL, SUITES
-
-from tuned_lens_fast.atomic_write import atomic_write
-from tuned_lens_fast.engines.native import has_amx
 
 HERE = Path(__file__).parent
 #: Ratios of two runs further apart than this are told apart.
 AGREEMENT = 0.10
 #: Seconds; of a shorter first call, what it loads and sets up is a part worth leaving out of its memory.
 WARM_ENOUGH = 1.0
-SIZES = ("layers", "positions", "vocab")
+SIZES = ("layers", "positions", "vocab", "threads")
 Case = dict[str, Any]
 
 
@@ -54,28 +52,26 @@ def measure(some: list[tuple[Case, Problem]], contenders: list[Contender], optio
         torch.set_num_threads(case["threads"])
         case["contenders"], race = admit_all(contenders, problem, options)
         races.append(replace(race, threads=case["threads"]))
-    device = some[0][1].device.type
-    for (case, problem), times in zip(some, interleaved(races, device, options.within), strict=True):
+    for (case, _), times in zip(some, interleaved(races, options.device, options.within), strict=True):
         for name, (seconds, _) in times.items():
-            case["contenders"][name]["rounds"] = seconds
-        sum_up(case, problem.rows)
+            case["contenders"][name]["seconds"] = quantiles(seconds)
+        sum_up(case)
 
 
 def admit_all(
     contenders: list[Contender], problem: Problem, options: argparse.Namespace
 ) -> tuple[dict[str, Case], Race]:
-    """Name -> status of every contender, why it has no time or what a first call told; and those that are timed."""
-    device = problem.device.type
+    """Name -> why a contender has no time, or what its first call told; and the race of those that are timed."""
     expected = expect(problem, options.sample)
     found: dict[str, Case] = {contender.name: {} for contender in contenders}
     race = Race({}, {})
 
     def enter(contender: Contender) -> None:
-        found[contender.name], call, once = admit(contender, problem, expected, options.patience)
+        found[contender.name], call, once = admit(contender, problem, expected)
         if call is None:
             return
         if once > options.patience and not contender.floor:
-            found[contender.name]["rounds"] = [once]
+            found[contender.name]["seconds"] = quantiles([once])
         else:
             race.calls[contender.name] = call
             race.rounds[contender.name] = min(options.rounds, max(options.least, int(options.seconds / once)))
@@ -83,7 +79,7 @@ def admit_all(
     for contender in contenders:
         if contender.floor:
             enter(contender)
-    [tried] = interleaved([Race(race.calls, dict.fromkeys(race.calls, 3))], device)
+    [tried] = interleaved([Race(race.calls, dict.fromkeys(race.calls, 3))], options.device)
     race = replace(race, floor=min(tried, key=lambda name: min(tried[name][0]), default=None))
     for contender in contenders:
         if not contender.floor:
@@ -91,101 +87,60 @@ def admit_all(
     return found, race
 
 
-def sum_up(case: Case, rows: int) -> None:
-    """Put the medians of its rounds into a case, and by how much they are those of the quickest floor."""
-    timed = {name: entry for name, entry in case["contenders"].items() if entry.get("rounds")}
-    for entry in timed.values():
-        entry["seconds"] = {**spread(entry["rounds"]), "rounds": len(entry["rounds"])}
-        entry["rows_per_second"] = rows / entry["seconds"]["median"]
-    floors = {name: entry["seconds"]["median"] for name, entry in timed.items() if CONTENDERS[name].floor}
+def sum_up(case: Case) -> None:
+    """Tell every time as a multiple of the quickest floor's median."""
+    timed = {name: entry["seconds"] for name, entry in case["contenders"].items() if "seconds" in entry}
+    floors = {name: seconds["median"] for name, seconds in timed.items() if CONTENDERS[name].floor}
     case["floor"] = min(floors, key=floors.__getitem__, default=None)
-    for entry in timed.values() if floors else ():
-        entry["over_product"] = {
-            name: entry["seconds"][name] / floors[case["floor"]] for name in ("median", "q1", "q3")
-        }
+    for name, seconds in timed.items() if floors else ():
+        multiples = {key: seconds[key] / floors[case["floor"]] for key in ("q1", "median", "q3")}
+        case["contenders"][name]["over_product"] = multiples
 
 
-def admit(
-    contender: Contender, problem: Problem, expected: Expected, patience: float
-) -> tuple[dict[str, Any], Callable[[], Any] | None, float]:
-    """A contender's entry, its call where it may be timed, and the seconds a call takes; memory is measured here.
-
-    One whose first call takes longer than ``patience`` seconds is called only that once.
-    """
-    device = problem.device.type
+def admit(contender: Contender, problem: Problem, expected: Expected) -> tuple[Case, Callable[[], Any] | None, float]:
+    """A contender's entry, its call where it may be timed, and the seconds a call takes; memory is measured here."""
     try:
         why = contender.why_not(problem)
         if why is not None:
             return {"status": "not here", "why": why}, None, 0.0
         call = contender.prepare(problem)
-        start = time.perf_counter()
-        peak, answer = peak_growth(call, device)
-        once = time.perf_counter() - start
+        once, peak, answer = first_call(call, problem.device)
+        entry: Case = {}
         if not contender.floor:
             verdict = judge(answer, problem, expected)
             if verdict.wrong is not None:
                 return {"status": "refused", "why": f"wrong numbers: {verdict.wrong}"}, None, 0.0
-            errors = verdict.errors
-        held = sum(value.numel() * value.element_size() for value in answer.values())
+            entry["errors_over_allowed"] = verdict.errors
         del answer
         if once < WARM_ENOUGH:
-            start = time.perf_counter()
-            peak, _ = peak_growth(call, device)
-            once = time.perf_counter() - start
+            once, peak, _ = first_call(call, problem.device)
+        return entry if contender.floor else {"peak_extra_bytes": peak, **entry}, call, once
     except Exception as error:  # others' code: whatever it raises is the reason it has no time
         gc.collect()
-        if device == "cuda":
+        if problem.device.type == "cuda":
             torch.cuda.empty_cache()
         line = (str(error).strip() or "no message").splitlines()[0][:200]
         return {"status": "failed", "why": f"{type(error).__name__}: {line}"}, None, 0.0
-    if contender.floor:
-        return {"status": "ok"}, call, once
-    entry = {"status": "ok", "peak_extra_bytes": peak, "answer_bytes": held, "errors_over_allowed": errors}
-    return entry, call, once
 
 
-def exponents(cases: list[Case]) -> list[dict[str, Any]]:
-    """The powers of layers, positions and vocabulary that time and memory grow with, where one alone varies."""
-    found = []
-    for axis in SIZES:
-        others = [size for size in SIZES if size != axis]
-
-        def fixed(case: Case, others: list[str] = others) -> tuple:
-            return (case["preset"], case["statistics"], case["threads"], *(case[size] for size in others))
-
-        for _, group in itertools.groupby(sorted(cases, key=fixed), fixed):
-            line = sorted(group, key=lambda case: case[axis])
-            for name in line[0]["contenders"]:
-                entries = [(case[axis], case["contenders"].get(name, {})) for case in line]
-                entries = [(size, entry) for size, entry in entries if "seconds" in entry]
-                if len({size for size, _ in entries}) < 3:
-                    continue
-                sizes = [size for size, _ in entries]
-                peaks = [entry.get("peak_extra_bytes") for _, entry in entries]
-                found.append(
-                    {
-                        "axis": axis,
-                        "preset": line[0]["preset"],
-                        "statistics": line[0]["statistics"],
-                        "contender": name,
-                        "from": sizes[0],
-                        "to": sizes[-1],
-                        "time": exponent(sizes, [entry["seconds"]["median"] for _, entry in entries]),
-                        "memory": exponent(sizes, peaks) if all(peaks) else None,
-                        "peaks": [peaks[0], peaks[-1]] if all(peaks) else None,
-                    }
-                )
-    return found
+def first_call(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None, Any]:
+    """Seconds, bytes of memory and answer of a call that is no part of the race."""
+    start = time.perf_counter()
+    peak, answer = peak_growth(call, device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, peak, answer
 
 
-def every_case(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterator[tuple[Case, Problem]]:
+def every_case(options: argparse.Namespace) -> Iterator[tuple[Case, Problem]]:
     """What is asked of which sizes, and the problem that this is."""
     for threads, preset in itertools.product(options.threads or [torch.get_num_threads()], options.preset):
         shape = PRESETS[preset]
+        default = torch.float32 if options.device == "cpu" else shape.dtype
         inputs = {
-            "dtype": dtype or (torch.float32 if options.device == "cpu" else shape.dtype),
+            "dtype": getattr(torch, options.dtype) if options.dtype else default,
             "device": options.device,
-            "budget": options.budget,
+            "budget": BUDGET,
             "start": options.start,
         }
         every = problems(preset, options.layers, options.positions, options.vocabulary, options.weights, **inputs)
@@ -200,136 +155,77 @@ def every_case(options: argparse.Namespace, dtype: torch.dtype | None) -> Iterat
                 "d_model": shape.d_model,
                 "dtype": str(problem.dtype).removeprefix("torch."),
                 "threads": threads,
-                "product_operations": 2 * problem.rows * problem.head.vocab * shape.d_model,
             }
             yield case, problem
 
 
-def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+def run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
     """All cases of one comparison, as what is written to its JSON file."""
-    contenders = [CONTENDERS[name] for name in options.contenders if name in CONTENDERS]
-    for name in options.contenders:
-        if name not in CONTENDERS:
-            print(f"no contender {name!r} here", file=sys.stderr)
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    if options.fp32_precision:
-        torch.backends.mkldnn.matmul.fp32_precision = options.fp32_precision
+    contenders = [CONTENDERS[name] for name in options.contenders]
     cases: list[Case] = []
-    every = every_case(options, dtype)
+    every = every_case(options)
     for some in [list(every)] if options.together else ([one] for one in every):
         measure(some, contenders, options)
         for case, _ in some:
             show(case)
             cases.append(case)
-    return {
-        "kind": "comparison",
-        "command": command,
-        "environment": environment(options.device),
-        "device": options.device,
-        "weights": options.weights,
-        "start": options.start,
-        "budget": options.budget,
-        "fp32_precision": options.fp32_precision,
-        "what": {contender.name: contender.what for contender in contenders},
-        "ours": [contender.name for contender in contenders if contender.ours],
-        "cases": cases,
-        "exponents": exponents(cases),
-    }
+    settings = {"kind": "comparison", "weights": options.weights, "start": options.start}
+    return {**heading("run.py", arguments, options.device), **settings, "cases": cases}
 
 
-def promises_broken(result: dict[str, Any]) -> list[str]:
+def promises_broken(result: dict[str, Any]) -> Iterator[str]:
     """Where an engine of ours failed, was refused, or is further from float64 than it promises.
 
     Of 16-bit weights the promise holds for the vocabulary pass alone: from hidden states, x may be rounded otherwise.
     """
-    found = []
     for case in result["cases"]:
         size = f"{case['preset']}, {case['layers']} x {case['positions']} x {case['vocab']}"
         held_to_it = case["dtype"] in ("float32", "float64") or result["start"] == "head"
-        held_to_it &= result["fp32_precision"] in (None, "ieee")  # less was asked for
-        for name in result["ours"]:
-            entry = case["contenders"][name]
-            if entry["status"] in ("failed", "refused"):
-                found.append(f"{size}: {name} {entry['status']}: {entry['why']}")
+        for name, entry in case["contenders"].items():
+            if not CONTENDERS[name].ours:
+                continue
+            if entry.get("status") in ("failed", "refused"):
+                yield f"{size}: {name} {entry['status']}: {entry['why']}"
             for statistic, share in entry.get("errors_over_allowed", {}).items() if held_to_it else ():
                 if share > 1:
-                    found.append(f"{size}: {name}'s {statistic} is {share:.1f} times as far off as is allowed")
-    return found
+                    yield f"{size}: {name}'s {statistic} is {share:.1f} times as far off as is allowed"
 
 
 def show(case: Case) -> None:
-    """One case as a table in the terminal."""
-    title = (
-        f"{case['preset']}: {case['layers']} layers x {case['positions']} positions x {case['vocab']} tokens, "
-        f"d {case['d_model']}, {case['dtype']}, {case['threads']} threads; {case['statistics']}"
-    )
-    header = ("", "s", "quartiles", "rounds", "over product", "rows/s", "MiB", "error")
-    lines = []
+    """One case as lines in the terminal."""
+    sizes = f"{case['layers']} layers x {case['positions']} positions x {case['vocab']} tokens, d {case['d_model']}"
+    print(f"\n{case['preset']}: {sizes}, {case['dtype']}, {case['threads']} threads; {case['statistics']}")
+    print(f"{'':20} {'seconds':>9} {'quartiles':>19} calls  over product    MiB  error")
     for name, entry in case["contenders"].items():
         if "seconds" not in entry:
-            lines.append((name, f"{entry['status']}: {entry['why']}", *[""] * 6))
+            print(f"{name:20} {entry['status']}: {entry['why']}")
             continue
-        s, ratio = entry["seconds"], entry.get("over_product")
-        errors, peak = entry.get("errors_over_allowed"), entry.get("peak_extra_bytes")
-        lines.append(
-            (
-                name,
-                f"{s['median']:.4g}",
-                f"{s['q1']:.4g} - {s['q3']:.4g}",
-                str(s["rounds"]),
-                "" if ratio is None else f"{ratio['median']:.3f}",
-                f"{entry['rows_per_second']:.0f}",
-                "" if peak is None else f"{peak / 2**20:.0f}",
-                f"{max(errors.values()):.2f}" if errors else "",
-            )
+        s, ratio = entry["seconds"], entry.get("over_product", {}).get("median")
+        print(
+            f"{name:20} {s['median']:9.4g} {s['q1']:8.4g} - {s['q3']:8.4g} {s['calls']:5d}",
+            f"{'' if ratio is None else f'{ratio:.3f}':>13}",
+            f"{(entry.get('peak_extra_bytes') or 0) / 2**20:6.0f}",
+            f"{max(entry.get('errors_over_allowed', {}).values(), default=0):6.2f}",
+            flush=True,
         )
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:  # a GPU machine may have PyTorch and nothing else
-        print(title, *("\t".join(line) for line in (header, *lines)), sep="\n", flush=True)
-        return
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i < 2 and not name else "right", overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    Console(width=150).print(table)
 
 
-def run_suite(name: str, folder: Path, parts: list[str], again: bool) -> int:
-    """Run the parts that are not in ``folder`` yet; the number of those that failed."""
+def run_suite(name: str, folder: Path, parts: list[str]) -> int:
+    """Run the ``parts`` named, or all that are not in ``folder`` yet; the number of those that failed."""
     failed = 0
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts or SUITES[name]:
         out = folder / f"{part}.json"
-        if out.exists() and not again:
+        if out.exists() and not parts:
             print(f"{part}: already in {out}")
             continue
-        words = shlex.split(SUITES[name][part])
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        settings, script, arguments = words[:at], words[at], words[at + 1 :]
-        print(f"{part}: {shlex.join([*settings, 'python', f'bench/{script}', *arguments])}", flush=True)
+        script, *arguments = shlex.split(SUITES[name][part])
+        print(f"{part}: {shlex.join(['python', f'bench/{script}', *arguments])}", flush=True)
         start = time.perf_counter()
-        variables = os.environ | dict(setting.split("=", 1) for setting in settings)
-        status = subprocess.run([sys.executable, HERE / script, *arguments, "--out", out], env=variables).returncode
+        status = subprocess.run([sys.executable, HERE / script, *arguments, "--out", out]).returncode
         failed += status != 0
         print(f"{part}: {'done' if not status else f'failed ({status})'} in {time.perf_counter() - start:.0f} s\n")
     return failed
-
-
-def pointless(options: argparse.Namespace) -> str | None:
-    """Why what was asked for would measure nothing of its own here, or None."""
-    if options.fp32_precision not in (None, "ieee") and not has_amx():
-        return "--fp32-precision: fp32 is split on AMX alone, and there is none"
-    wanted = os.environ.get("TUNED_LENS_FAST_CPU")
-    flag = {"amx": "amx_bf16", "avx512": "avx512f", "avx2": "avx2"}.get(wanted or "")
-    flags = environment(options.device)["cpu"]["flags"]
-    if flag is not None and flag not in flags:
-        return f"TUNED_LENS_FAST_CPU={wanted}: this processor has no {flag}"
-    if wanted == "avx2" and "avx512f" not in flags:
-        return f"TUNED_LENS_FAST_CPU={wanted}: this processor takes it anyway"
-    return None
 
 
 def ratios(path: Path) -> dict[tuple, float]:
@@ -337,10 +233,10 @@ def ratios(path: Path) -> dict[tuple, float]:
     found = {}
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
         result = json.loads(file.read_text())
-        if result.get("kind") != "comparison":
+        if result["kind"] != "comparison":
             continue
         for case in result["cases"]:
-            sizes = (case[size] for size in (*SIZES, "threads"))
+            sizes = (case[size] for size in SIZES)
             where = (file.stem, case["preset"], *sizes, case["statistics"], f"/ {case['floor']}")
             for name, entry in case["contenders"].items():
                 key = (*where, name)
@@ -384,17 +280,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--statistics", action="append", default=[], help=f"a question, such as {FULL}; may be given several times"
     )
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", default=list(CONTENDERS), help=", ".join(CONTENDERS))
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME",
+        choices=CONTENDERS,
+        default=list(CONTENDERS),
+        help="all of them: " + ", ".join(CONTENDERS),
+    )
     parser.add_argument("--start", choices=("hidden", "head"), default="hidden", help="head: no translator, no norm")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="of weights and hidden states; default: fp32 on a CPU, the model's on a GPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[], help="on a CPU, instead of PyTorch's choice")
-    parser.add_argument(
-        "--fp32-precision",
-        choices=("ieee", "tf32", "bf16"),
-        help="torch.backends.mkldnn.matmul.fp32_precision; of the native engine's products where there is AMX",
-    )
-    parser.add_argument("--budget", type=int, default=BUDGET, help="bytes of scratch (default: 256 MiB)")
     parser.add_argument("--rounds", type=int, default=11, help="at most")
     parser.add_argument("--seconds", type=float, default=4, help="of rounds for a contender and size")
     parser.add_argument("--least", type=int, default=3, help="rounds, however long they take (default: 3)")
@@ -414,10 +310,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")
     parser.add_argument("--out", type=Path, help="JSON file to write, or the folder of a suite")
     parser.add_argument("--suite", choices=SUITES)
-    parser.add_argument("--part", nargs="+", default=[], help="of the suite; default: all")
-    parser.add_argument("--again", action="store_true", help="run parts of the suite that are there already")
+    parser.add_argument("--part", nargs="+", default=[], help="of the suite; default: all that are not there")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="results, or folders of them")
     options = parser.parse_args(arguments)
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.statistics = options.statistics or [FULL]
     for part in options.part:
         if options.suite is None or part not in SUITES[options.suite]:
@@ -436,26 +332,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.compare:
         return compare(*options.compare)
     if options.suite:
-        return run_suite(options.suite, options.out or HERE / "results" / options.suite, options.part, options.again)
-    why = pointless(options)
-    if why is not None:
-        print(f"not measured: {why}")
-        return 0
-    result = run(options, command("run.py", arguments))
+        return run_suite(options.suite, options.out or HERE / "results" / options.suite, options.part)
+    result = run(options, arguments)
     if options.out:
-        with atomic_write(options.out) as aside:
-            aside.write_text(json.dumps(result, indent=1) + "\n")
-    broken = promises_broken(result)
+        write(options.out, result)
+    broken = list(promises_broken(result))
     for line in broken:
         print(line, file=sys.stderr)
     return 1 if broken else 0
-
-
-def command(script: str, arguments: list[str]) -> str:
-    """The command as a reader would type it again, with the engine's own settings, without where its result went."""
-    settings = [f"{name}={value}" for name, value in os.environ.items() if name == "TUNED_LENS_FAST_CPU"]
-    kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if "--out" not in (before, word)]
-    return shlex.join([*settings, "python", f"bench/{script}", *kept])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How exact an fp32 product is that is made of bf16 products: python bench/split_products.py [--positions 128]
+"""How exact an fp32 product is that is made of bf16 products: python bench/split_products.py
 
 Of SmolLM2-135M's own hidden states: the largest difference from float64 of every statistic, as a share of what this
 package promises. The parts are multiplied by PyTorch's fp32 product, which is exact for products of bf16 numbers.
@@ -7,20 +7,23 @@ It comes first, and then csrc/'s fp32 product for AVX2, on processors that it is
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from functools import partial
 
 import torch
 from checking import expect, judge
+from contenders.ours import decode
 from presets import BUDGET, problems, question
 from torch import Tensor
 
-from tuned_lens_fast.engines.eager import EagerEngine, Matmul
+from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head
-from tuned_lens_fast.engines.matmuls import FmaMatmul, bf16_parts
+from tuned_lens_fast.engines.matmul import FmaMatmul, Matmul, Packed, bf16_parts
 from tuned_lens_fast.engines.native import has_fma
 
+POSITIONS = 128
+#: Rows compared with float64.
+SAMPLE = 400
 #: Name -> parts of every number, and the most that the numbers of two parts that are multiplied add up to.
 SPLITS = {"one product": (1, 0), "three": (2, 1), "four": (2, 2), "six": (3, 2)}
 
@@ -28,13 +31,13 @@ SPLITS = {"one product": (1, 0), "three": (2, 1), "four": (2, 2), "six": (3, 2)}
 class SplitMatmul(Matmul):
     """fp32 as a sum of bf16 parts."""
 
-    def __init__(self, parts: int, most: int, head: Head, hidden: torch.dtype) -> None:
-        super().__init__(head, hidden)
+    def __init__(self, parts: int, most: int, head: Head) -> None:
+        super().__init__(head)
         self.parts, self.most = parts, most
 
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
         left, right = (
-            bf16_parts(each, self.parts)[:, : each.shape[0], : each.shape[1]].float() for each in (x, weight)
+            bf16_parts(each, self.parts)[:, : each.shape[0], : each.shape[1]].float() for each in (x.values, weight)
         )
         pairs = itertools.product(range(self.parts), repeat=2)
         return sum(
@@ -44,22 +47,14 @@ class SplitMatmul(Matmul):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=128)
-    parser.add_argument("--sample", type=int, default=400, help="rows compared with float64")
-    args = parser.parse_args()
-    options = {"dtype": torch.float32, "device": "cpu", "budget": BUDGET, "start": "hidden"}
-    (problem,) = problems("smollm2-135m", [], [args.positions], [], "real", **options)
+    [problem] = problems("smollm2-135m", [], [POSITIONS], [], "real", dtype=torch.float32, device="cpu", budget=BUDGET)
     problem = problem.asking(*question("log_prob,rank,entropy,kl,top_10"))
-    expected = expect(problem, args.sample)
-    products = {name: partial(SplitMatmul, *split) for name, split in SPLITS.items()}
-    for name, product in {"PyTorch's fp32": Matmul, "AVX2's fp32": FmaMatmul, **products}.items():
-        if product is FmaMatmul and not has_fma():
-            continue
+    expected = expect(problem, SAMPLE)
+    products = {"PyTorch's fp32": Matmul, **({"AVX2's fp32": FmaMatmul} if has_fma() else {})}
+    for name, product in (products | {name: partial(SplitMatmul, *split) for name, split in SPLITS.items()}).items():
         engine = EagerEngine()
         engine.matmul = product  # type: ignore[method-assign]
-        parts = (problem.hidden, problem.translators, problem.norm, problem.head, problem.query, problem.budget)
-        verdict = judge(engine.decode(*parts), problem, expected)
+        verdict = judge(decode(engine, problem), problem, expected)
         print(f"{name}:", verdict.wrong or ", ".join(f"{s} {e:.2f}" for s, e in verdict.errors.items()), flush=True)
 
 

@@ -1,6 +1,6 @@
 """Predicts, from machine code alone, what the statistics of a vocabulary tile cost over its product.
 
-    python bench/static.py [--architecture 90] [--triton FOLDER]
+    python bench/static.py [--architecture 90]
 
 The statistics kernels are cross-compiled (no GPU is needed) for several sets of statistics and widths, and their
 machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its
@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
 
@@ -31,47 +32,21 @@ from compiling import PROCESSORS, SHARED_LIMIT, Report, compile_launches, meta
 WIDTHS = (576, 2048, 4096)
 #: Where overlapped.py has room (sm_90).
 FEW_FEATURES = (576, 640, 768)
-#: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_statistics``.
-STATISTICS: dict[str, dict[str, bool]] = {
+#: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_pass``.
+STATISTICS: dict[str, dict[str, Any]] = {
     "lse": {},
-    "+ entropy": {"entropy": True},
-    "+ log_prob, rank": {"entropy": True, "rank": True},
-    "+ top-10 candidates": {"entropy": True, "rank": True, "keys": True},
-    "all, with softcap": {"entropy": True, "rank": True, "keys": True, "softcap": True},
+    "+ entropy": {"running": "t"},
+    "+ log_prob, rank": {"running": "tr"},
+    "+ top-10 candidates": {"running": "tr", "group_maxima": True},
+    "all, with softcap": {"running": "tr", "group_maxima": True, "softcap": True},
 }
 
 #: A clock and multiprocessor: dense bf16 operations of the matrix units, lane operations of the other pipes.
+COMMON = {"alu": 64, "imad": 64, "mufu": 16, "shuffle": 32, "memory": 32}
 RATES: dict[int, dict[str, int]] = {
-    80: {
-        "matrix": 2048,
-        "fma": 64,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 16,
-    },
-    90: {
-        "matrix": 4096,
-        "fma": 128,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 64,
-    },
-    100: {
-        "matrix": 8192,
-        "fma": 128,
-        "alu": 64,
-        "imad": 64,
-        "mufu": 16,
-        "shuffle": 32,
-        "memory": 32,
-        "convert": 64,
-    },
+    80: COMMON | {"matrix": 2048, "fma": 64, "convert": 16},
+    90: COMMON | {"matrix": 4096, "fma": 128, "convert": 64},
+    100: COMMON | {"matrix": 8192, "fma": 128, "convert": 64},
 }
 #: Share of the matrix units' rate that a good product reaches.
 PRODUCT_EFFICIENCY = 0.80
@@ -231,29 +206,31 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
 
 
 def launch(
-    d_model: int, softcap: bool = False, rank: bool = False, overlapped: bool = False, **wanted: bool
+    d_model: int, softcap: bool = False, overlapped: bool = False, running: str = "", **wanted: bool
 ) -> Callable[[], None]:
     """The vocabulary pass over 8,192 rows in bf16, with a vocabulary that leaves no tail."""
 
     def run() -> None:
         import torch
 
+        from tuned_lens_fast.engines.interface import Head
         from tuned_lens_fast.kernels.launch import built_in_tile
         from tuned_lens_fast.kernels.search import overlapped_candidates
-        from tuned_lens_fast.kernels.statistics import vocabulary_statistics
+        from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
-        x, weight = meta(8192, d_model), meta(131_072, d_model)
+        x = meta(8192, d_model)
+        head = Head(meta(131_072, d_model), softcap=30.0 if softcap else None)
         tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
         if overlapped:
             tile = next(overlapped_candidates(d_model))
-        targets = {"targets": meta(8192, dtype="int64"), "target_logits": meta(8192, dtype="float32")} if rank else {}
-        vocabulary_statistics(x, weight, None, 1.0, 30.0 if softcap else None, tile, rank=rank, **targets, **wanted)
+        targets = meta(8192, dtype="float32") if "r" in running else None
+        vocabulary_pass(x, head, tile, target_logits=targets, running=running, **wanted)
 
     return run
 
 
 #: Name of a kernel -> the widths it is compiled for.
-KERNELS = {"_statistics": WIDTHS, "_overlapped": FEW_FEATURES}
+KERNELS = {"_vocabulary_pass": WIDTHS, "_overlapped": FEW_FEATURES}
 LAUNCHES = {
     f"{kernel}, {name}, d {d_model}": launch(d_model, overlapped=kernel == "_overlapped", **wanted)
     for kernel, widths in KERNELS.items()
@@ -262,16 +239,13 @@ LAUNCHES = {
 }
 
 
-def table(kernel: str, architecture: int, triton_path: str | None) -> Iterable[str]:
-    """The predictions of a kernel as lines of a Markdown table."""
+def table(kernel: str, architecture: int) -> Iterable[str]:
+    """The predictions of a kernel as lines of a Markdown table; where widths differ, one after another."""
     widths = KERNELS[kernel]
     jobs = [(name, architecture) for name in LAUNCHES if name.startswith(kernel)]
-    reports = compile_launches(__file__, jobs, triton_path)
-    yield (
-        f"| {kernel} | tile | programs an SM | instructions a logit | serial, d = "
-        + " / ".join(map(str, widths))
-        + " | overlapped |"
-    )
+    reports = compile_launches(__file__, jobs)
+    of_widths = " / ".join(map(str, widths))
+    yield f"| {kernel} | tile | programs an SM | instructions a logit | serial, d = {of_widths} | overlapped |"
     yield "|---|---|---|---|---|---|"
     for name in STATISTICS:
         found = []
@@ -283,33 +257,29 @@ def table(kernel: str, architecture: int, triton_path: str | None) -> Iterable[s
             c = report.constants
             found.append((c, predict(report, c["BM"], c["BN"], c["BK"], d_model, architecture)))
 
-        def each(form: Callable, found: list = found) -> str:
-            values = [form(c, p) for c, p in found]
-            return values[0] if len(set(values)) == 1 else " / ".join(values)
-
-        yield (
-            "| "
-            + " | ".join(
+        columns = zip(
+            *(
                 (
-                    name,
-                    each(lambda c, p: f"{c['BM']}x{c['BN']}x{c['BK']}{' flat' if p.flat else ' nested'}"),
-                    each(lambda c, p: str(p.programs)),
-                    each(lambda c, p: f"{p.instructions_per_logit:.1f}"),
-                    each(lambda c, p: f"{p.serial:.2f}"),
-                    each(lambda c, p: f"{p.overlapped:.2f}"),
+                    f"{c['BM']}x{c['BN']}x{c['BK']} {'flat' if p.flat else 'nested'}",
+                    f"{p.programs}",
+                    f"{p.instructions_per_logit:.1f}",
+                    f"{p.serial:.2f}",
+                    f"{p.overlapped:.2f}",
                 )
-            )
-            + " |"
+                for c, p in found
+            ),
+            strict=True,
         )
+        cells = (each[0] if len(set(each)) == 1 else " / ".join(each) for each in columns)
+        yield f"| {' | '.join((name, *cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, default=90, choices=sorted(PROCESSORS))
-    parser.add_argument("--triton", metavar="FOLDER", help="another Triton than the installed one")
     arguments = parser.parse_args()
-    for kernel in KERNELS if arguments.architecture == 90 else ["_statistics"]:
-        print(*table(kernel, arguments.architecture, arguments.triton), "", sep="\n")
+    for kernel in KERNELS if arguments.architecture == 90 else ["_vocabulary_pass"]:
+        print(*table(kernel, arguments.architecture), "", sep="\n")
 
 
 if __name__ == "__main__":

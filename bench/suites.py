@@ -5,7 +5,8 @@ from __future__ import annotations
 FULL = "log_prob,rank,entropy,kl,top_10"
 EVERY = "log_prob,rank,entropy,max_prob,kl,reverse_kl,js,tv,top_10"
 #: What one more statistic costs: questions that each hold the one before.
-LADDER = ("log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,entropy,rank,top_10", FULL)
+RUNGS = ("lse", "log_prob", "log_prob,entropy", "log_prob,entropy,rank", "log_prob,entropy,rank,top_10", FULL)
+LADDER = "".join(f"--statistics {question} " for question in RUNGS)
 #: Of these, time is a straight line in every size; kl costs two products a position whatever the number of layers.
 #: The sweeps begin at 512 rows, a chunk of ours: with fewer the product itself is slower a row.
 ONE_WALK = "log_prob,rank,entropy,top_10"
@@ -13,51 +14,41 @@ SWEPT = "--contenders product-tiles product-native native eager loop --together 
 #: Two runs of a comparison agree where the rounds of all are many and spread over the same quarter of an hour.
 SETTLED = "--together --rounds 30 --seconds 80 --patience 30"
 QUICKLY = "--together --rounds 12 --seconds 60 --least 4 --patience 30"
+SMOLLM2 = "run.py --preset smollm2-135m"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
-
 #: What the native engine is held against: x given, and the product alone as a user would write it.
 NATIVE = (
     "--contenders linear product product-tiles product-native native eager "
     "--rounds 12 --seconds 15 --within 0.03 --least 6"
 )
-HEAD_256 = f"run.py --preset smollm2-135m --start head --positions 256 --statistics {FULL}"
 
-#: Suite -> part -> environment variables, the script and its arguments.
+#: Suite -> part -> the script and its arguments.
 SUITES: dict[str, dict[str, str]] = {
-    "cpu": {
-        "smollm2-135m": "run.py --preset smollm2-135m --weights real --positions 8 16 32 "
-        f"--statistics {FULL} {SETTLED}",
-        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 4 8 16 --statistics {FULL} {QUICKLY}",
-        "one-statistic": "run.py --preset smollm2-135m --positions 32 --statistics log_prob "
-        f"--statistics log_prob,entropy {QUICKLY}",
-        "positions": "run.py --preset smollm2-135m --layers 4 --positions 128 256 512 1024 2048 "
-        f"--statistics {ONE_WALK} {SWEPT}",
-        "layers": f"run.py --preset smollm2-135m --layers 8 16 32 64 --positions 64 --statistics {ONE_WALK} {SWEPT}",
-        "vocabulary": "run.py --preset smollm2-135m --layers 4 --positions 128 "
-        f"--vocabulary 16384 32768 65536 131072 262144 --statistics {ONE_WALK} {SWEPT}",
-        "every-statistic": f"run.py --preset smollm2-135m --positions 32 --statistics {EVERY} "
-        f"--contenders product product-tiles product-native native eager loop {QUICKLY}",
-        "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
-    },
     "native": {
-        "fp32": f"{HEAD_256} {NATIVE}",
-        "fp32-three-products": f"{HEAD_256} --fp32-precision tf32 {NATIVE}",
-        "bf16": f"run.py --preset smollm2-135m --start head --positions 32 --dtype bfloat16 --statistics {FULL} "
-        f"{NATIVE}",
-        "avx512": f"TUNED_LENS_FAST_CPU=avx512 {HEAD_256} {NATIVE}",
-        "avx2": f"TUNED_LENS_FAST_CPU=avx2 {HEAD_256} {NATIVE}",
-        "plain": f"TUNED_LENS_FAST_CPU=plain {HEAD_256} {NATIVE}",
+        "tuned-lens": f"{SMOLLM2} --weights real --positions 256 --statistics {FULL} "
+        "--contenders product product-tiles product-native native eager loop tuned-lens",
+        "fp32": f"{SMOLLM2} --start head --positions 256 --statistics {FULL} {NATIVE}",
+        "bf16": f"{SMOLLM2} --start head --positions 32 --dtype bfloat16 --statistics {FULL} {NATIVE}",
         "one-thread": f"run.py --threads 1 2 --together --preset smollm2-135m --start head --layers 4 --positions 256 "
         f"--statistics {ONE_WALK} {NATIVE}",
-        "tuned-lens": f"run.py --preset smollm2-135m --weights real --positions 256 --statistics {FULL} "
-        "--contenders product product-tiles product-native native eager loop tuned-lens",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --start head --positions 1024 --statistics {FULL} "
         "--contenders linear product-tiles native --rounds 1 --least 1",
     },
+    "cpu": {
+        "smollm2-135m": f"{SMOLLM2} --weights real --positions 8 16 32 --statistics {FULL} {SETTLED}",
+        "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 4 8 16 --statistics {FULL} {QUICKLY}",
+        "one-statistic": f"{SMOLLM2} --positions 32 --statistics log_prob --statistics log_prob,entropy {QUICKLY}",
+        "every-statistic": f"{SMOLLM2} --positions 32 --statistics {EVERY} "
+        f"--contenders product product-tiles product-native native eager loop {QUICKLY}",
+        "positions": f"{SMOLLM2} --layers 4 --positions 128 256 512 1024 2048 --statistics {ONE_WALK} {SWEPT}",
+        "layers": f"{SMOLLM2} --layers 8 16 32 64 --positions 64 --statistics {ONE_WALK} {SWEPT}",
+        "vocabulary": f"{SMOLLM2} --layers 4 --positions 128 --vocabulary 16384 32768 65536 131072 262144 "
+        f"--statistics {ONE_WALK} {SWEPT}",
+        "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
+    },
     "gpu": {
-        "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 "
-        + "".join(f"--statistics {question} " for question in LADDER)
-        + "--contenders product triton native scratch linear_cross_entropy cut-cross-entropy liger-kernel",
+        "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 {LADDER}"
+        "--contenders product triton native scratch linear_cross_entropy cut-cross-entropy liger-kernel",
         "every-statistic": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --statistics {EVERY} "
         "--contenders product triton --rounds 3 --sample 48",
         "memory": f"run.py --preset llama-3-8b --positions 512 2048 8192 --statistics {FULL} "
@@ -65,9 +56,11 @@ SUITES: dict[str, dict[str, str]] = {
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
-    "smoke": {
-        "tiny": f"run.py --preset tiny --positions 4 8 32 --statistics {FULL} --statistics log_prob --rounds 3 "
-        "--contenders product product-tiles eager loop tuned-lens linear_cross_entropy liger-kernel",
-        "profile": "profile_decode.py --preset tiny --positions 16 --rounds 3 --ceiling-mib 8",
+    # `make bench`: small, so that all of it takes a minute or two, and with one floor, so that two runs compare.
+    "quick": {
+        "walk": f"{SMOLLM2} --start head --layers 8 --vocabulary 16384 --positions 64 {LADDER}--statistics {EVERY} "
+        "--contenders product-tiles triton native eager --together --rounds 15 --seconds 2",
+        "decode": f"{SMOLLM2} --layers 8 --vocabulary 16384 --positions 1 16 64 --statistics {FULL} --together "
+        "--contenders product-tiles triton native eager --rounds 15 --seconds 2",
     },
 }

@@ -91,38 +91,28 @@ static inline Floats log1p_unit(Floats e) {
   return 2.0f * f * y;
 }
 
-// Sums over a tile's row. The likeliest tokens' ones are counted apart: beside a 1, what is small would be rounded away
-// term by term.
-struct Sums {
-  Floats s{}, t{};
-  Ints ones{};
-
-  // exp(z - origin) of these logits.
-  Floats add(Floats z, float origin) {
-    const Floats d = larger(all(kExpFloor), z - origin);  // NaN stays
-    const Floats e = exp_nonpositive(d);
-    const Ints likeliest = d == 0.0f;  // a true lane is -1
-    s += likeliest ? Floats{} : e;
-    t += e * d;
-    ones -= likeliest;
-    return e;
-  }
-};
+// The exponentials of logits relative to `origin`, counted in `sums`.
+static inline Floats add(TileSums<Floats>& sums, Floats z, float origin) {
+  const Floats d = larger(all(kExpFloor), z - origin);  // NaN stays
+  const Floats e = exp_nonpositive(d);
+  sums.add(d, e);
+  return e;
+}
 
 template <bool keep>
-static inline Sums sum_up(float* z, int64_t width, float origin) {
-  Sums sums, others;
+static inline TileSums<float> sum_up(float* z, int64_t width, float origin) {
+  TileSums<Floats> some, others;
   int64_t i = 0;
   for (; i + 2 * kLanes <= width; i += 2 * kLanes) {
-    const Floats e = sums.add(load(z + i, kLanes), origin), next = others.add(load(z + i + kLanes, kLanes), origin);
+    const Floats e = add(some, load(z + i, kLanes), origin), next = add(others, load(z + i + kLanes, kLanes), origin);
     if (keep) store(z + i, e, kLanes), store(z + i + kLanes, next, kLanes);
   }
   for (; i < width; i += kLanes) {
-    const Floats e = sums.add(load(z + i, width - i), origin);
+    const Floats e = add(some, load(z + i, width - i), origin);
     if (keep) store(z + i, e, width - i);
   }
-  sums.s += others.s, sums.t += others.t, sums.ones += others.ones;
-  return sums;
+  const auto of_lanes = [](Floats lanes) { return sum(lanes); };
+  return some.plus(others).each(of_lanes);
 }
 
 void add_tile(Row& row) {
@@ -151,16 +141,10 @@ void add_tile(Row& row) {
   row.larger = sum(above);
 
   const float tile_m = largest(most);
-  Running& so_far = *row.sums;
-  const float m = tile_m > so_far.m ? tile_m : so_far.m;
+  const float m = tile_m > row.sums->m ? tile_m : row.sums->m;
   const float origin = m == -kInfinity ? 0.0f : m;
-  const Sums sums = row.keep ? sum_up<true>(z, width, origin) : sum_up<false>(z, width, origin);
-  const float fall = so_far.m - origin;
-  const float shift = fall < kExpFloor ? kExpFloor : fall;
-  row.rescale = std::exp(shift);
-  so_far.t = row.rescale * (so_far.t + so_far.s * shift) + sum(sums.t);
-  so_far.s = row.rescale * so_far.s + (sum(sums.s) + sum(sums.ones));
-  so_far.m = m;
+  const TileSums<float> sums = row.keep ? sum_up<true>(z, width, origin) : sum_up<false>(z, width, origin);
+  row.rescale = fold(*row.sums, sums, m, origin);
 }
 
 template <bool with_js>

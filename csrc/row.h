@@ -1,6 +1,7 @@
 // What is known of one row of logits, and what one tile adds to it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -55,12 +56,43 @@ struct TopK {
   }
 };
 
-// The sums over the vocabulary that are kept of a row, as a row of fp32 in memory. Here a new one is declared;
-// online_softmax.inl and tile_kernels.cuh add it up.
+// What is kept of a row in memory: SUMS of tuned_lens_fast/engines/state.py.
 struct Running {
   float m, s, t;
 };
 constexpr int64_t kRunning = sizeof(Running) / sizeof(float);
+
+// A tile's sums relative to an origin, in lanes: a vector on CPUs, a float on GPUs.
+template <typename Lanes>
+struct TileSums {
+  // The likeliest tokens' ones are counted apart: beside a 1, what is small would be rounded away term by term.
+  Lanes s{}, ones{}, t{};
+
+  // d = z - origin, no less than kExpFloor; e = exp(d).
+  ON_BOTH void add(Lanes d, Lanes e) {
+    s += d == 0.0f ? Lanes{} : e;
+    ones += d == 0.0f ? Lanes{} + 1.0f : Lanes{};
+    t += e * d;
+  }
+
+  ON_BOTH TileSums plus(const TileSums& other) const { return {s + other.s, ones + other.ones, t + other.t}; }
+
+  template <typename Change>
+  ON_BOTH auto each(Change change) const -> TileSums<decltype(change(s))> {
+    return {change(s), change(ones), change(t)};
+  }
+};
+
+// Puts a tile's sums, relative to `origin`, and its largest logit with a row's: exp(m before - origin).
+ON_BOTH inline float fold(Running& row, const TileSums<float>& tile, float m, float origin) {
+  const float fall = row.m - origin;
+  const float shift = fall < kExpFloor ? kExpFloor : fall;
+  const float rescale = expf(shift);
+  row.t = rescale * (row.t + row.s * shift) + tile.t;
+  row.s = rescale * row.s + (tile.s + tile.ones);
+  row.m = m;
+  return rescale;
+}
 
 // The divergences, in the order in which their sums lie in memory.
 enum Divergence { kKl, kReverseKl, kJs, kTv, kDivergences };

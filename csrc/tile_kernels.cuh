@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
   const float found = met ? z[column] : -kInfinity;
   const float bound = !a.larger ? kInfinity : a.threshold ? a.threshold[row] : found;
   if (a.top && threadIdx.x < a.k) best[threadIdx.x] = a.top[row * a.k + threadIdx.x];
-  float m = a.sums[row].m, s = a.sums[row].s, t = a.sums[row].t, rescale = 1;
+  Running sums = a.sums[row];
+  float rescale = 1;
   float larger = 0;  // of a tile, far below 2^24
   __syncthreads();  // all have read what others will write
 
@@ -122,37 +123,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) add_tile(TileArguments a) {
       larger += held[i] > bound;
     }
     if (a.top) offer(held, a.first + start, left, best, a.k, key_room);
-    const float m_now = Largest()(m, across_block(most, Largest(), room));
-    const float origin = m_now == -kInfinity ? 0.0f : m_now;
-    // The likeliest tokens' ones are counted apart: beside a 1, what is small would be rounded away term by term.
-    float small = 0, ones = 0, weighted = 0;
+    const float m = Largest()(sums.m, across_block(most, Largest(), room));
+    const float origin = m == -kInfinity ? 0.0f : m;
+    TileSums<float> mine;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       float d = held[i] - origin;
       d = d < kExpFloor ? kExpFloor : d;
       const float e = expf(d);
-      const bool one = d == 0.0f;
-      ones += one;
-      small += one ? 0.0f : e;
-      weighted += e * d;
+      mine.add(d, e);
       const int64_t at = threadIdx.x + i * kThreads;
       if (a.rescale && at < left) z[start + at] = e;
     }
-    small = across_block(small, Sum(), room);
-    ones = across_block(ones, Sum(), room);
-    weighted = across_block(weighted, Sum(), room);
-    const float fall = m - origin;
-    const float shift = fall < kExpFloor ? kExpFloor : fall;
-    rescale = expf(shift);
-    t = rescale * (t + s * shift) + weighted;
-    s = rescale * s + (small + ones);
-    m = m_now;
+    rescale = fold(sums, mine.each([&](float value) { return across_block(value, Sum(), room); }), m, origin);
   }
 
   larger = across_block(larger, Sum(), room);
   if (a.top && threadIdx.x < a.k) a.top[row * a.k + threadIdx.x] = best[threadIdx.x];
   if (threadIdx.x) return;
-  a.sums[row] = {m, s, t};
+  a.sums[row] = sums;
   if (a.larger) a.larger[row] += static_cast<int64_t>(larger) - (met && found > bound);
   if (a.target && met) a.target[row] = found;
   if (a.rescale) a.rescale[row] = rescale;

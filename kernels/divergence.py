@@ -40,12 +40,9 @@ def _softmax_parts(
     state,  # fp32 [2, rows]: m and s
     decay,  # fp32 [rows]
     parts,  # [2 * rows, width] in W's dtype: exp(z - m) and what its rounding lost
-    rows,
-    width,
-    stride_z,
-    BLOCK: tl.constexpr,
-    SCALE: tl.constexpr,
-):
+    rows, width, stride_z,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
     """A program a row: a tile's exponentials in two parts, and the row's m and s with them."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -78,9 +75,8 @@ def _accumulate(
     products,  # fp32 [2 * rows, D]
     decay,  # fp32 [rows]
     elements,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """u * decay + both products."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
@@ -130,13 +126,9 @@ def _kl_by_identity(
     m_reference,  # fp32 [positions], as log_s_reference
     log_s_reference,
     kl,  # fp32 [rows]
-    positions,
-    stride_x,
-    stride_reference,
-    stride_u,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    positions, stride_x, stride_reference, stride_u,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A program a row: the dot product, and the difference of the normalisers."""
     row = tl.program_id(0).to(tl.int64)
     position = row % positions
@@ -178,19 +170,10 @@ def _tile_logits(
     token,  # int64 [BN]
     row_mask,  # bool [BM]
     token_mask,  # bool [BN]
-    stride_x,
-    stride_w,
-    scale,
-    softcap,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    stride_x, stride_w, scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Logits ``[BM, BN]``."""
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(0, D, BK):
@@ -212,29 +195,13 @@ def _divergence_pass(
     m_reference,  # fp32 [positions], as log_s_reference
     log_s_reference,
     sums,  # fp32 [splits, 4, layers * positions]
-    positions,
-    vocab,
-    layers,
-    tiles_per_split,
-    stride_x,
-    stride_reference,
-    stride_w,
+    positions, vocab, layers, tiles_per_split, stride_x, stride_reference, stride_w,
     bias,  # [V]
-    scale,
-    softcap,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    KL: tl.constexpr,
-    REVERSE: tl.constexpr,
-    JS: tl.constexpr,
+    scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, KL: tl.constexpr, REVERSE: tl.constexpr, JS: tl.constexpr,
     TV: tl.constexpr,
-):
+):  # fmt: skip
     """A program's slice of the vocabulary for a block of positions at every layer; see Statistic.term."""
     block = tl.program_id(0)
     split = tl.program_id(1)

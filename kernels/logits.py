@@ -21,13 +21,9 @@ def finish_logits(
     bias,  # [vocab]
     token,  # int [tokens]
     valid,  # bool [tokens]
-    scale,
-    softcap,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    FLOOR: tl.constexpr,
-):
+    scale, softcap,
+    BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
     """z = g(acc + b), what the model makes of W x. With FLOOR a bias of -inf gives MASKED."""
     if BIAS:
         offset = tl.load(bias + token, mask=valid, other=0.0).to(tl.float32)
@@ -48,9 +44,8 @@ def token_of(
     slot,  # int [...]
     place,  # int [...], of a member within the slot
     groups,
-    MEMBERS: tl.constexpr,
-    MERGED: tl.constexpr,
-):
+    MEMBERS: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
     """The token id at a place of a slot, -1 if there is none (see vocabulary_pass.py for how they are numbered)."""
     tiles = groups // 8
     whole = (tiles + MERGED - 1) // MERGED

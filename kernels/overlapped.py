@@ -62,14 +62,9 @@ def _copy(
     free,
     x_rows,  # shared [STEPS, BM, BK]
     ring,  # shared [STAGES, MEMBERS, 8, BK]
-    row,
-    start,
-    stop,
-    BK: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    MERGED: gl.constexpr,
-):
+    row, start, stop,
+    BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, MERGED: gl.constexpr,
+):  # fmt: skip
     """The ninth warp: brings x, and the tiles of W in the order in which the groups want them."""
     mbarrier.expect(x_here, STEPS * x.block_type.nbytes)
     for k in range(STEPS):
@@ -106,31 +101,13 @@ def _take_turns(
     turn,  # barriers [2]
     x_rows,  # shared [STEPS, BM, BK]
     ring,  # shared [STAGES, MEMBERS, 8, BK]
-    row,
-    start,
-    stop,
-    R,
-    V,
-    groups,
-    split,
-    slots8,
-    place_mask,
+    row, start, stop, R, V, groups, split, slots8, place_mask,
     bias,  # [V]
-    scale,
-    softcap,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    MERGED: gl.constexpr,
-    BIAS: gl.constexpr,
-    SCALE: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr,
-    RANK: gl.constexpr,
-    TOP: gl.constexpr,
-):
+    scale, softcap,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
+    MERGED: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
+    RANK: gl.constexpr, TOP: gl.constexpr,
+):  # fmt: skip
     """One of the two groups of warps: multiplies its tiles, and takes their statistics while the other multiplies."""
     MEMBERS: gl.constexpr = BN // 8
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BN, 16])
@@ -200,32 +177,13 @@ def _overlapped(
     target_logits,  # fp32 [R]
     state,  # fp32 [parts, 4, R]
     group_maxima,  # fp32 [R, 2, slots]
-    R,
-    V,
-    groups,
-    tiles,
-    tiles_per_split,
-    row_blocks,
-    splits,
-    slots8,
-    place_mask,
+    R, V, groups, tiles, tiles_per_split, row_blocks, splits, slots8, place_mask,
     bias,  # [V]
-    scale,
-    softcap,
-    BM: gl.constexpr,
-    BN: gl.constexpr,
-    BK: gl.constexpr,
-    STEPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    BAND: gl.constexpr,
-    MERGED: gl.constexpr,
-    BIAS: gl.constexpr,
-    SCALE: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    ENTROPY: gl.constexpr,
-    RANK: gl.constexpr,
-    TOP: gl.constexpr,
-):
+    scale, softcap,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    MERGED: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
+    RANK: gl.constexpr, TOP: gl.constexpr,
+):  # fmt: skip
     """Two parts of the state of a block of rows: a program's two groups of warps share its slice of the vocabulary."""
     block, split = program_of(gl.program_id(0), row_blocks, splits, BAND)
     row = block * BM

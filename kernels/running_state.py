@@ -28,9 +28,7 @@ def as_it_is(value, like):
 def add_tile(
     acc,  # fp32 [BM, BN], sums of products
     m,  # fp32 [BM, 8], as s, t, above, largest, first and second
-    s,
-    t,
-    above,
+    s, t, above,
     largest,  # the largest logit of a slot so far
     first,  # it and the second largest, their places in the lowest bits
     second,
@@ -45,23 +43,12 @@ def add_tile(
     rows,  # int [BM]
     row_mask,  # bool [BM]
     group,  # int [8]
-    slots,
-    scale,
-    softcap,
+    slots, scale, softcap,
     place_mask,  # clears the bits that hold a place
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    MERGED: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    MASK: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    RANK: tl.constexpr,
-    TOP: tl.constexpr,
-    LAID_OUT_AS: tl.constexpr,
-):
+    BM: tl.constexpr, BN: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
+    TOP: tl.constexpr, LAID_OUT_AS: tl.constexpr,
+):  # fmt: skip
     """The rows' running state after one more tile.
 
     Where the compiler is not the one to choose layouts (overlapped.py), LAID_OUT_AS(value, like) gives ``value`` that
@@ -109,17 +96,13 @@ def add_tile(
 @triton.jit
 def store_state(
     m,  # fp32 [BM, 8], as s, t and above
-    s,
-    t,
-    above,
+    s, t, above,
     state,  # fp32 [parts, 4, R]
     rows,  # int [BM]
     row_mask,  # bool [BM]
-    part,
-    R,
-    ENTROPY: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    part, R,
+    ENTROPY: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     """What a program knows of its rows in the end, as one part of ``state``."""
     m_row = tl.max(m, 1)
     shift = m - m_row[:, None]

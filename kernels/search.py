@@ -86,7 +86,7 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
     targets = torch.arange(len(x), device=x.device) % alike.vocab
     for tile in tiles:
         whole = replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10)) if with_top_k else tile
-        one_pass = functools.partial(vocabulary_pass, x, head, whole, entropy=True, group_maxima=with_top_k)
+        one_pass = functools.partial(vocabulary_pass, x, head, whole, running=("t",), group_maxima=with_top_k)
         try:
             sums, best = _answer(*one_pass(), x, head, whole)
             gathered = target_logits(x, alike, targets, whole)

@@ -27,20 +27,12 @@ def _target_logits(
     w,  # [V, D]
     targets,  # int64 [R]
     logits,  # fp32 [R]
-    R,
-    stride_x,
-    stride_w,
+    R, stride_x, stride_w,
     bias,  # [V]
-    scale,
-    softcap,
-    BLOCK: tl.constexpr,
-    BK: tl.constexpr,
-    D: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    scale, softcap,
+    BLOCK: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """A program multiplies a block of rows by its targets' rows of W, and keeps the diagonal."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < R

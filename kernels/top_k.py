@@ -44,16 +44,10 @@ def _candidates(
     ids,  # int32 [rows, PLACES]: theirs
     groups_to_search,  # int32 [rows, SEARCHED]
     counts,  # int32 [rows, 2]: candidates that are known, and groups to search
-    slots8,
-    groups,
-    K: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    MERGED: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SEARCHED: tl.constexpr,
-    PLACES: tl.constexpr,
-):
+    slots8, groups,
+    K: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr,
+    SEARCHED: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
     """Step 1, a program a row: groups that may hold some of the top k."""
     WIDTH: tl.constexpr = MEMBERS * MERGED
     row = tl.program_id(0).to(tl.int64)
@@ -98,16 +92,9 @@ def _dots(
     bias,  # [V]
     token,  # int [N]
     wanted,  # bool [N]
-    stride_w,
-    scale,
-    softcap,
-    D: tl.constexpr,
-    BK: tl.constexpr,
-    N: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    stride_w, scale, softcap,
+    D: tl.constexpr, BK: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Logits of N tokens of one row: fp32 products and sums."""
     row_of_w = w + token.to(tl.int64)[:, None] * stride_w
     acc = tl.zeros((N, BK), tl.float32)
@@ -127,24 +114,12 @@ def _searched_logits(
     counts,  # int32 [rows, 2]
     logits,  # fp32 [rows, PLACES]
     ids,  # int32 [rows, PLACES]
-    groups,
-    vocab,
-    stride_x,
-    stride_w,
+    groups, vocab, stride_x, stride_w,
     bias,  # [V]
-    scale,
-    softcap,
-    D: tl.constexpr,
-    BK: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    MERGED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SEARCHED: tl.constexpr,
-    PLACES: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    scale, softcap,
+    D: tl.constexpr, BK: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, TOKENS: tl.constexpr,
+    SEARCHED: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Step 2, a program a row: the logits of all members of the groups to search."""
     WIDTH: tl.constexpr = MEMBERS * MERGED
     STEP: tl.constexpr = 8
@@ -170,12 +145,8 @@ def _order(
     log_s,  # fp32 [rows], NaN in a row of which nothing can be said
     top,  # int64 [rows, K]: keys, see engines/state.py
     unsure,  # bool [rows]
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SEARCHED: tl.constexpr,
-    PLACES: tl.constexpr,
-):
+    K: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, SEARCHED: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
     """Step 3, a program a row: the K best candidates, and whether there was no room for all."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PLACES)

@@ -22,6 +22,7 @@ processor 1.40, tiles through plain pointers 1.26, a depth of 128 in two stages 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,39 +53,14 @@ def _vocabulary_pass(
     target_logits,  # fp32 [R]
     state,  # fp32 [parts, 4, R]
     group_maxima,  # fp32 [R, 2, slots]
-    R,
-    V,
-    groups,
-    first_tile,
-    stop_tile,
-    tiles_per_split,
-    row_blocks,
-    splits,
-    first_split,
-    slots8,
-    place_mask,
-    stride_x,
+    R, V, groups, first_tile, stop_tile, tiles_per_split, row_blocks, splits, first_split, slots8, place_mask, stride_x,
     stride_w,
     bias,  # [V]
-    scale,
-    softcap,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    D: tl.constexpr,
-    BAND: tl.constexpr,
-    MERGED: tl.constexpr,
-    TMA: tl.constexpr,
-    FLAT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BIAS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    RANK: tl.constexpr,
-    TOP: tl.constexpr,
-    MASK: tl.constexpr,
-):
+    scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, MERGED: tl.constexpr,
+    TMA: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
     """One part of the state of a block of rows: a program walks its slice of the vocabulary tile by tile."""
     MEMBERS: tl.constexpr = BN // 8
     block, split = program_of(tl.program_id(0), row_blocks, splits, BAND)
@@ -146,13 +122,9 @@ def _merge(
     target_logits,  # fp32 [R]
     state,  # fp32 [5, R]: m, s, t, log s, the target's logit
     r,  # int64 [R]
-    R,
-    splits,
-    BLOCK: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    TARGETS: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    R, splits,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, TARGETS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     """The closed state of rows, of the parts that slices of the vocabulary left; see engines/state.py."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < R
@@ -201,8 +173,7 @@ def vocabulary_pass(
     tile: Tile,
     *,
     target_logits: Tensor | None = None,
-    rank: bool = False,
-    entropy: bool = False,
+    running: Collection[str] = (),
     group_maxima: bool = False,
 ) -> tuple[State, Tensor | None]:
     """The closed state of every row, its top k apart.
@@ -211,7 +182,7 @@ def vocabulary_pass(
         x: ``[rows, d_model]`` in the head's dtype, adjacent features, as the head's weight has them.
         tile: from ``launch.vocabulary_tile``.
         target_logits: fp32 ``[rows]`` from target_logits.py.
-        rank, entropy: whether r (with targets) and t are wanted.
+        running: see ``Wanted``; of "t" and "r".
         group_maxima: whether the second result is, fp32 ``[rows, 2, slots]``: what top_k.py needs to know of groups.
     """
     weight, device = head.weight, x.device
@@ -220,8 +191,9 @@ def vocabulary_pass(
     parts = (1 + tile.overlapped) * cut.splits
     partial = torch.empty(parts + 2, 4, rows, dtype=torch.float32, device=device)
     maxima = torch.empty(rows, 2, cut.slots, dtype=torch.float32, device=device) if group_maxima else None
-    above = target_logits if rank else None
-    asked = {"ENTROPY": entropy, "RANK": rank, "TOP": group_maxima}
+    sums = {"ENTROPY": "t" in running, "RANK": "r" in running}
+    above = target_logits if sums["RANK"] else None
+    asked = {**sums, "TOP": group_maxima}
 
     def launch(masked: bool, first_tile: int, stop_tile: int, tiles_per_split: int, n: int, first_split: int) -> None:
         tma = tile.tma and not masked
@@ -254,12 +226,14 @@ def vocabulary_pass(
         launch(True, cut.tiles if cut.tail[0] else whole, whole + cut.tail[1], 1, sum(cut.tail), parts)
 
     state = torch.empty(5, rows, dtype=torch.float32, device=device)
-    r = torch.empty(rows, dtype=torch.int64, device=device) if rank else None
+    r = torch.empty(rows, dtype=torch.int64, device=device) if sums["RANK"] else None
     block = 128
     _merge[(triton.cdiv(rows, block),)](
         partial, target_logits, state, r, rows, parts + sum(cut.tail),
-        BLOCK=block, ENTROPY=entropy, TARGETS=target_logits is not None, RANK=rank,
+        BLOCK=block, TARGETS=target_logits is not None, **sums,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     m, s, t, log_s, target = state
-    return State(m, s, t if entropy else None, r, None if target_logits is None else target, log_s=log_s), maxima
+    return State(
+        m, s, t if sums["ENTROPY"] else None, r, None if target_logits is None else target, log_s=log_s
+    ), maxima

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from tuned_lens_fast import Unembed, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.block_output import stream_of, with_stream
 from tuned_lens_fast.models.chunked_pass import cannot_continue, reads_padding
-from tuned_lens_fast.models.model_end import Chain, Tail, model_inputs, name_of, stream_of, with_stream
+from tuned_lens_fast.models.forward_pass import model_inputs, name_of
+from tuned_lens_fast.models.model_end import Chain, Tail
 
 #: The version that docs/models.md is of.
-TRANSFORMERS = "5.23"
+TRANSFORMERS = "5.24"
 
 _HEAD = """# Models
 
@@ -114,22 +116,24 @@ def survey(model_type: str) -> Row:
     )
 
 
-def replaced(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+def replaced(model: nn.Module, ids: Tensor, sizes: Tensor | float = 2.0) -> tuple[Tensor, Tensor]:
     """Random hidden states ``[batch, positions, width]``, and the model's logits with them for its last block's output.
 
-    By a hook on the model itself, and no part of how Unembed goes about it.
+    By a hook on the model itself, and no part of how Unembed goes about it. ``sizes``: what the states are multiplied
+    by, broadcastable to what the block returns.
     """
     given: list[Tensor] = []
 
     def replace(_: nn.Module, __: tuple, output: object) -> object:
         own = stream_of(output)
-        given.append(torch.randn(own.shape, generator=torch.Generator().manual_seed(7)) * 2)
+        values = torch.randn(own.shape, generator=torch.Generator().manual_seed(7)) * sizes
+        given.append(values.to(own.dtype))
         return with_stream(output, given[-1])
 
     hook = get_transformer_layers(model)[1][-1].register_forward_hook(replace)
     try:
         with torch.no_grad():
-            logits = model(**model_inputs(model, ids)).logits
+            logits = model(**model_inputs(model, ids))["logits"]
     finally:
         hook.remove()
     h = given[-1]

@@ -13,6 +13,7 @@ from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 from torch import nn
 
 from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts, residual_stream
+from tuned_lens_fast.decode import decode as tl_decode
 from tuned_lens_fast.engines.interface import Translator
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -229,34 +230,14 @@ def test_out_of_range_and_misshapen(model):
         TunedLens(Unembed(model), config(d_model=16))
 
 
-def test_decode_passes_everything_on(model):
+def test_decode_is_a_method_of_every_lens(model):
     lens, h = trained(model), torch.randn(LAYERS, 2, D_MODEL)
-    asked = {
-        "layers": [0],
-        "targets": torch.zeros(2),
-        "reference": h[0],
-        "top_k": 3,
-        "watch": [1],
-        "stats": ["entropy"],
-        "engine": "eager",
-        "memory_budget": 7,
-    }
-    with mock.patch("tuned_lens_fast.decode.decode", return_value="stats") as decode:
-        assert lens.decode(h, **asked) == "stats"
-        decode.assert_called_once_with(lens, h, **asked)
-        lens.decode(h)
+    for asked in ({}, {"layers": [2], "targets": torch.tensor([5, 6]), "reference": h[0], "top_k": 3}):
+        states = h[2:] if asked else h
+        for name, value in tl_decode(lens, states, **asked).items():
+            assert torch.equal(getattr(lens.decode(states, **asked), name), value)
     with pytest.raises(TypeError):
         lens.decode(h, [0])
-    assert decode.call_args.kwargs == {
-        "layers": None,
-        "targets": None,
-        "reference": None,
-        "top_k": 0,
-        "watch": None,
-        "stats": None,
-        "engine": "auto",
-        "memory_budget": None,
-    }
 
 
 # --- save and load ---

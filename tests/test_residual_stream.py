@@ -11,7 +11,8 @@ from toy_model import ToyModel
 
 from tuned_lens_fast import residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.residual_stream import model_inputs, recorded
+from tuned_lens_fast.models.forward_pass import model_inputs
+from tuned_lens_fast.models.residual_stream import recorded
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [15, 16, 17, 18, 19]])
 

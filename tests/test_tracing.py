@@ -9,7 +9,8 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from all_models import build
+from all_models import build, config_of
+from coverage_table import replaced
 from tiny_models import D_MODEL, VOCAB, tiny
 from torch import nn
 from toy_model import ToyModel
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.tracing import TracedModel, close
+from tuned_lens_fast.models.comparison import close
+from tuned_lens_fast.models.tracing import TracedModel
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
 
@@ -106,11 +108,120 @@ def test_other_transforms_are_refused(after_head, verify):
         Unembed(model, verify=verify)
 
 
-def test_logits_of_more_than_the_last_block_are_refused():
-    model = ToyModel(nn.LayerNorm(D_MODEL), skip=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_more_than_the_last_block_are_refused(dtype):
+    model = ToyModel(nn.LayerNorm(D_MODEL), skip=True).to(dtype)
     for verify in (True, False):
         with pytest.raises(NotImplementedError, match="depend on more than its last block's output"):
             Unembed(model, verify=verify)
+
+
+class ScaledHead(nn.Linear):
+    """A logit for each token times a number of its own."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.linspace(0.5, 2, VOCAB)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_head_that_is_more_than_linear_is_refused(verify):
+    model = ToyModel(nn.LayerNorm(D_MODEL))
+    model.unembedding = ScaledHead(D_MODEL, VOCAB)
+    with pytest.raises(NotImplementedError, match="ScaledHead, gives other logits than its weight and bias"):
+        Unembed(model, verify=verify)
+
+
+#: Types with norms in and behind their blocks, or with rows of one size at the end of an untrained model.
+FRESH = ["bloom", "exaone4", "gemma2", "gemma3_text", "inkling_text", "llama", "minimax", "modernbert-decoder", "olmo2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gain", [None, 0.5, 20.0])
+@pytest.mark.parametrize("model_type", FRESH)
+def test_untrained_models(model_type, gain, dtype):
+    """Rows of about one size come out of their last block, where a norm looks like a constant factor."""
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config_of(model_type), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if gain is not None and parameter.ndim == 1 and name.endswith("weight"):
+                    parameter.fill_(gain)
+        assert_logits_of_rows(model.to(dtype))
+
+
+def assert_logits_of_rows(model):
+    """The lens's logits are the model's for random hidden states of widely differing sizes, in every row."""
+    ids = torch.arange(5, 13)[None]
+    sizes = torch.logspace(-2.5, 2, ids.shape[1])[:, None]
+    with torch.no_grad():
+        h, wanted = replaced(model, ids, sizes)
+    found = Unembed(model)(h)
+    assert found.shape == wanted.shape
+    assert close(found, wanted)
+
+
+class InStreams(ToyModel):
+    """Two residual streams ``[streams, batch, positions, d]``, of which the second is read."""
+
+    def forward(self, input_ids):
+        h = self.words(input_ids)[None] * torch.tensor([1.0, 2.0])[:, None, None, None]
+        for block in self.stack:
+            h, _ = block(h)
+        return {"logits": self.unembedding(self.last(h[1]))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"norm": nn.RMSNorm(D_MODEL, elementwise_affine=False)},
+        {"norm": nn.Identity(), "before_head": lambda x: x / x.norm(dim=-1, keepdim=True)},
+        {"norm": nn.Identity(), "before_head": lambda x: x + 0.01 * x.roll(1, -1)},
+        {"norm": nn.Identity(), "before_head": lambda x: 100 * torch.tanh(x / 100)},
+        {"norm": nn.LayerNorm(D_MODEL), "before_norm": lambda h: h + 0.02 * h.flip(-1)},
+    ],
+)
+def test_what_is_almost_a_factor(end, dtype):
+    assert_logits_of_rows(ToyModel(**end).to(dtype))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "end",
+    [
+        {"norm": nn.LayerNorm(D_MODEL, eps=1e-2), "before_norm": lambda h: h.mul_(3)},
+        {"norm": nn.LayerNorm(D_MODEL), "before_norm": lambda h: h.tanh_()},
+        {"norm": nn.LayerNorm(D_MODEL), "before_head": lambda x: x.mul_(3)},
+        {"norm": nn.LayerNorm(D_MODEL), "before_head": lambda x: x.relu_()},
+        {"norm": nn.Sequential(nn.Linear(D_MODEL, D_MODEL), nn.ReLU(inplace=True))},
+    ],
+)
+def test_what_is_done_in_place(end, verify):
+    model = ToyModel(**end)
+    h = torch.randn(5, D_MODEL)
+    with torch.no_grad():
+        wanted = model.unembedding(model.before_head(model.last(model.before_norm(h.clone()))))
+    before = h.clone()
+    assert close(Unembed(model, verify=verify)(h), wanted)
+    assert torch.equal(h, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_that_gets_one_position(dtype):
+    """One row is proportional to its norm."""
+    norm = nn.RMSNorm(D_MODEL, elementwise_affine=False)
+    model = ToyModel(norm, before_head=lambda x: x[:, -1:]).to(dtype)
+    unembed = Unembed(model)
+    h = torch.randn(3, D_MODEL) * torch.tensor([[0.01], [1.0], [100.0]])
+    assert close(unembed(h.to(dtype)), model.unembedding(norm(h.to(dtype))))
+
+
+def test_one_of_several_streams():
+    model = InStreams(nn.LayerNorm(D_MODEL))
+    unembed = Unembed(model)
+    h = torch.randn(3, 2 * D_MODEL)
+    assert close(unembed(h), model.unembedding(model.last(h[:, D_MODEL:])))
 
 
 def mutated_transform(**changes):
@@ -193,10 +304,8 @@ def test_verification_sees_a_missing_bias_of_the_head(model_type):
     head = nn.Linear(D_MODEL, VOCAB, bias=False)
     head.weight = model.lm_head.weight
     unembed._model_end = (unembed._model_end[0], head)
-    watched = TracedModel(model)
-    watched.head = watched._head = head
-    with pytest.raises(NotImplementedError, match="its head"):
-        watched.verify(unembed, lambda h: unembed.norm(h))
+    with pytest.raises(NotImplementedError, match="what differs is its head"):
+        TracedModel(model).verify(unembed, lambda h: unembed.norm(h))
 
 
 def test_verification_sees_a_norm_that_was_guessed_wrong(monkeypatch):

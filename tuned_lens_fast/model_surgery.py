@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from tuned_lens_fast.models.tracing import LogitTransform, TracedModel, find_blocks, linear_head
+from tuned_lens_fast.models.blocks import find_blocks, linear_head
+from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import is_hooked_transformer, unwrapped
 
 

@@ -17,13 +17,11 @@ CONTENDERS: dict[str, Contender] = {
         product.ROWS,
         product.TILES,
         product.OWN,
-        *ours.ENGINES,
+        *ours.CONTENDERS,
         layer_loop.PLAIN,
         layer_loop.COMPILED,
         scratch.SCRATCH,
         tuned_lens_trajectory.TRAJECTORY,
-        fused_losses.PYTORCH,
-        fused_losses.CUT_CROSS_ENTROPY,
-        fused_losses.LIGER,
+        *fused_losses.LOSSES,
     )
 }

@@ -10,11 +10,12 @@ import torch
 from presets import Problem
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import STATISTICS, Norm, Translator
+from tuned_lens_fast.engines.interface import Norm, Translator
+from tuned_lens_fast.engines.statistics import STATISTICS
 
 #: What a contender returns: tensors named and shaped as an engine's answer.
 Answer = dict[str, Tensor]
-ALL = frozenset({*STATISTICS, "top_k"})
+ALL = frozenset({*STATISTICS, "lse", "top_k"})
 
 
 def always(problem: Problem) -> str | None:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from presets import Problem
 from torch import Tensor
 
-from contenders.adapter import Answer, Contender, head_input
+from contenders.adapter import ALL, Answer, Contender, head_input
 from tuned_lens_fast.engines.interface import Head, Norm, Translator
+from tuned_lens_fast.engines.statistics import divergences
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _prepare(read: Callable[..., Answer], problem: Problem) -> Callable[[], Answ
     @torch.no_grad()
     def loop() -> Answer:
         reference = None
-        if query.divergences:
+        if divergences(query):
             assert query.reference is not None
             log_p = log_probs(query.reference.to(head.weight.dtype), head)
             p = log_p.exp()
@@ -120,5 +121,6 @@ def _prepare_compiled(problem: Problem) -> Callable[[], Answer]:
     return loop
 
 
-PLAIN = Contender("loop", "plain PyTorch, one layer at a time", lambda p: _prepare(read_layer, p))
-COMPILED = Contender("compiled", "the loop under torch.compile", _prepare_compiled, unavailable=no_compiler)
+ANSWERS = ALL - {"lse"}
+PLAIN = Contender("loop", "plain PyTorch, one layer at a time", lambda p: _prepare(read_layer, p), ANSWERS)
+COMPILED = Contender("compiled", "the loop under torch.compile", _prepare_compiled, ANSWERS, no_compiler)

@@ -83,7 +83,7 @@ def statistics(
     of_model = replace(of_model, bias=meta(vocab, dtype=dtype) if bias else None, softcap=softcap)
     vocabulary_pass(
         x, of_model, tile or tile_for(x, precision), target_logits=meta(ROWS, dtype="float32") if everything else None,
-        rank=everything, entropy=everything, group_maxima=everything,
+        running="tr" if everything else "", group_maxima=everything,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def statistics_of(x, head, targets=None, tile=None, top_k=False):
     tile = tile or launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
     logits = None if targets is None else target_logits(x, head, targets, tile)
     state, _ = vocabulary_pass(
-        x, head, tile, target_logits=logits, rank=targets is not None, entropy=True, group_maxima=top_k
+        x, head, tile, target_logits=logits, running="t" if targets is None else "tr", group_maxima=top_k
     )
     of_one = [s for s in STATISTICS.values() if s.formula and (s.needs is None or targets is not None)]
     return {statistic.name: statistic.formula(state)[None] for statistic in (LSE, *of_one)}

@@ -20,13 +20,11 @@ from tuned_lens_fast.engines.decoding import Reference
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head, Tiling
 from tuned_lens_fast.engines.matmul import FMA_DTYPES, AmxMatmul, FmaMatmul, Matmul, Packed, bf16_split
-from tuned_lens_fast.engines.state import NO_KEY, State, Wanted, largest_keys, tile_top_keys
+from tuned_lens_fast.engines.state import NO_KEY, SUMS, State, Wanted, largest_keys, tile_top_keys
 from tuned_lens_fast.engines.statistics import DIVERGENCES
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
-#: The sums that csrc/ keeps of a row, in the order of its ``Sums``.
-SUMS = ("m", "s", "t")
 #: How a build that says what fails is had.
 _BUILD = "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
 

@@ -24,6 +24,8 @@ from tuned_lens_fast.engines.interface import NO_TARGET
 EXP_FLOOR = -1000.0
 #: Tokens a group in the search for a tile's top k. Two levels cost tile / GROUP + k * GROUP keys a row.
 GROUP = 16
+#: The fields of a state that are sums over the vocabulary, in the order of csrc/row.h's ``Running``.
+SUMS = ("m", "s", "t")
 #: The key that stands for "no token".
 NO_KEY = torch.iinfo(torch.int64).min
 

@@ -107,8 +107,7 @@ class TritonEngine(Engine):
         if wanted.targets is not None:
             targets = target_logits.target_logits(x, head, wanted.targets.repeat(len(x) // len(wanted.targets)), tile)
         state, group_maxima = vocabulary_pass.vocabulary_pass(
-            x, head, tile, target_logits=targets, rank="r" in wanted.running, entropy="t" in wanted.running,
-            group_maxima=wanted.top_k > 0,
+            x, head, tile, target_logits=targets, running=wanted.running, group_maxima=wanted.top_k > 0
         )  # fmt: skip
         return state if group_maxima is None else top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.models.residual_stream import model_inputs, recorded
+from tuned_lens_fast.models.forward_pass import model_inputs
+from tuned_lens_fast.models.residual_stream import recorded
 
 #: What models call the cache they return, and take again; most renamed ``past_key_values`` in transformers 5.24.
 _CACHES = ("cache", "past_key_values", "cache_params", "state")

@@ -1,62 +1,21 @@
 """What lies between a model's blocks and its head, as modules that take hidden states.
 
 Between :mod:`~tuned_lens_fast.models.tracing`, which finds out what it is, and the norms of
-:mod:`~tuned_lens_fast.nn`. Here is also how blocks take and return their residual streams, which differs between
-models.
+:mod:`~tuned_lens_fast.nn`.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a model holds its residual streams: ``[batch, positions, d]`` for most.
-
-    Several streams are ``[batch, positions, streams, d]`` or ``[streams, batch, positions, d]``. To a lens they are
-    one of width streams * d.
-    """
-
-    streams: int | None = None
-    first: bool = False
-
-    @classmethod
-    def of(cls, stream: Tensor, positions: int) -> Layout:
-        """That of ``stream``, from a batch of 1 and at least so many positions."""
-        shape = stream.shape
-        if stream.ndim == 3 and shape[0] == 1 and shape[1] >= positions:
-            return cls()
-        if stream.ndim == 4 and shape[0] == 1 and shape[1] >= positions:
-            return cls(shape[2])
-        if stream.ndim == 4 and shape[1] == 1 and shape[2] >= positions:
-            return cls(shape[0], True)
-        raise NotImplementedError(
-            f"model: a block puts out {[*shape]} for {positions} tokens; wanted [1, {positions}, d] or several of these"
-        )
-
-    def flat(self, stream: Tensor) -> Tensor:
-        """``[batch, positions, width]``."""
-        if self.streams is None:
-            return stream
-        return (stream.movedim(0, -2) if self.first else stream).flatten(-2)
-
-    def unflat(self, h: Tensor) -> Tensor:
-        """The model's own shape of ``[batch, positions, width]``."""
-        if self.streams is None:
-            return h
-        stream = h.unflatten(-1, (self.streams, -1))
-        return stream.movedim(-2, 0) if self.first else stream
+from tuned_lens_fast.models.block_output import Layout, mapped, with_stream
+from tuned_lens_fast.models.forward_pass import model_inputs
 
 
 class Tail(nn.Module):
@@ -68,8 +27,8 @@ class Tail(nn.Module):
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], head: nn.Module, output: Any, layout: Layout):
         """``output``: what the last block returned."""
         super().__init__()
-        twins: dict[nn.Module, nn.Module] = {}
-        self.model = alias(model, twins).eval()
+        self.model = alias(model).eval()
+        twins = dict(zip(model.modules(), self.model.modules(), strict=True))
         self.layout = layout
         self.vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._given = _Given()
@@ -85,7 +44,7 @@ class Tail(nn.Module):
         rows = h.reshape(-1, 1, h.shape[-1])
         # Every row is a text of one token, which does not matter.
         ids = torch.full(rows.shape[:2], min(5, self.vocab - 1), device=h.device)
-        self._given.stream = self.layout.unflat(rows)
+        self._given.stream = self.layout.unflat(rows).clone()  # the model may change it in place
         try:
             self.model(**model_inputs(self.model, ids))
         except _Arrival as arrival:
@@ -144,63 +103,3 @@ class _Arrival(BaseException):
 
 def _raise_arrival(x: Tensor) -> Tensor:
     raise _Arrival(x)
-
-
-def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-    """Keyword arguments of a plain forward pass on ids ``[..., positions]``, as a batch."""
-    inputs: dict[str, Any] = {"input_ids": input_ids.reshape(-1, input_ids.shape[-1])}
-    known = inspect.signature(model.forward).parameters
-    if "use_cache" in known:
-        inputs["use_cache"] = False
-    if attention_mask is not None:
-        mask = attention_mask.reshape(inputs["input_ids"].shape)
-        inputs["attention_mask"] = mask
-        if "position_ids" in known:
-            # Without them, padding on the left would shift every position of models with absolute ones.
-            inputs["position_ids"] = (mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
-    return inputs
-
-
-def stream_of(output: Any) -> Any:
-    """The residual stream in what a block returns: itself, or the first of several things."""
-    if isinstance(output, dict):
-        return stream_of(next(iter(output.values()), None))
-    return stream_of(output[0]) if isinstance(output, (tuple, list)) and output else output
-
-
-def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The residual stream among a block's arguments: the first floating tensor."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point())
-
-
-def with_stream(output: Any, stream: Tensor) -> Any:
-    """What a block returns, with another residual stream in it."""
-    if isinstance(output, dict):
-        changed = copy.copy(output)
-        changed[next(iter(output))] = stream
-        return changed
-    if isinstance(output, (tuple, list)):
-        return _like(output, [with_stream(output[0], stream), *output[1:]])
-    return stream
-
-
-def name_of(model: Any) -> str:
-    """Class and model type, for messages."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return f"{type(model).__name__} (model type {model_type!r})"
-
-
-def mapped(output: Any, change: Callable[[Any], Any]) -> Any:
-    """What a block returns, with all but its structure changed."""
-    if isinstance(output, dict):
-        changed = copy.copy(output)
-        for key, value in output.items():
-            changed[key] = mapped(value, change)
-        return changed
-    if isinstance(output, (tuple, list)):
-        return _like(output, [mapped(item, change) for item in output])
-    return change(output)
-
-
-def _like(output: Any, items: list[Any]) -> Any:
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

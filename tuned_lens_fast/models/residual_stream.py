@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.model_end import Layout, first_tensor, model_inputs, name_of, stream_of
-from tuned_lens_fast.models.tracing import TracedModel, linear_head
+from tuned_lens_fast.models.block_output import Layout, first_tensor, stream_of
+from tuned_lens_fast.models.blocks import linear_head
+from tuned_lens_fast.models.forward_pass import model_inputs, name_of
+from tuned_lens_fast.models.tracing import TracedModel
 from tuned_lens_fast.models.wrappers import is_hooked_transformer, unwrapped
 
 

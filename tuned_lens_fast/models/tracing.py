@@ -8,31 +8,20 @@ block's output to take apart, and to compare a description with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
-from tuned_lens_fast.models.model_end import (
-    Chain,
-    Layout,
-    Tail,
-    first_tensor,
-    mapped,
-    model_inputs,
-    name_of,
-    stream_of,
-    with_stream,
-)
-
-#: Tokens that are run. More than one, so that positions and batch can be told apart in a shape.
-_TOKENS = 4
-#: What the tokens' rows are multiplied by: an eps matters in small ones, its absence in large ones.
-_ROW_SCALES = (1.0, 30.0, 3e-3, 1.0)
+from tuned_lens_fast.models.block_output import Layout, first_tensor, mapped, stream_of, with_stream
+from tuned_lens_fast.models.blocks import find_blocks, linear_head
+from tuned_lens_fast.models.comparison import close, constant_factor, random_like, relative_error
+from tuned_lens_fast.models.forward_pass import TRIAL_TOKENS, model_inputs, name_of, trial_ids, undisturbed
+from tuned_lens_fast.models.model_end import Chain, Tail
 
 
 @dataclass(frozen=True)
@@ -81,27 +70,24 @@ class TracedModel:
         blocks = list(find_blocks(model)[1])
         self.num_blocks = len(blocks)
         _check_loaded(model, blocks, run_blocks)
-        twins: dict[nn.Module, nn.Module] = {}
-        self._twin = alias(model, twins, own_buffers=True).eval()
+        self._twin = alias(model, own_buffers=True).eval()
+        twins = dict(zip(model.modules(), self._twin.modules(), strict=True))
         self._originals = {twin: original for original, twin in twins.items()}
         self._blocks = [twins[block] for block in blocks]
         self._head = twins[self.head]
         inside = {module for block in self._blocks for module in block.modules()}
         self._outside = [module for module in self._twin.modules() if module not in inside]
-        with _undisturbed(model):
-            self._seen = self._observe()
-            stream = stream_of(self._seen.outputs[-1])
-            self.layout = Layout.of(stream, _TOKENS)
+        with undisturbed(model):
+            seen = self._first_pass()
+            stream = stream_of(seen.outputs[-1])
+            self.layout = Layout.of(stream, TRIAL_TOKENS)
             self.width = self.layout.flat(stream).shape[-1]
-            self._random_end = self._check_alone()
-            self.norm, factor = self._before_head(stream, blocks)
+            # All that follows is read off this pass: in a real one, rows of one size hide what a norm does to it.
+            self._random = self._random_pass(seen.outputs)
+            self._check_head()
+            self.norm, factor = self._before_head(blocks)
             self.transform = self._after_head(factor)
-        for name, module in (("final norm", self.norm), ("head", self.head)):
-            if any(p.is_meta for p in module.parameters()):
-                raise NotImplementedError(
-                    f"model: the {name} of {name_of(model)} is offloaded, and a lens reads it all the time; keep it "
-                    f"on a device in device_map"
-                )
+        self._check_on_device("final norm", self.norm)
 
     def verify(self, unembed: Callable[[Tensor], Tensor], head_input: Callable[[Tensor], Tensor]) -> None:
         """Compares a description with the model, at random hidden states in place of the last block's output.
@@ -114,8 +100,8 @@ class TracedModel:
             NotImplementedError: in some row they differ by more than 1e-4 of its largest logit in fp32 and fp64, 0.8%
                 of it in fp16, or 6% in bf16; the message says where they part.
         """
-        with _undisturbed(self.model):
-            own = self._random_end
+        with undisturbed(self.model):
+            own = self._random
             rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :]
             ours, x = unembed(rows), head_input(rows)
             wanted = own.logits.reshape(-1, own.logits.shape[-1])
@@ -131,18 +117,15 @@ class TracedModel:
                 ratio = float((x.double() * own_x.double()).sum() / own_x.double().square().sum())
                 proportional = close(x.double() / ratio, own_x) if ratio else False
                 part = f"the factor before its head, by {ratio:.6g}" if proportional else "its final norm"
-            elif not close(self._head(x.to(self.head.weight.dtype)), own.z.reshape(-1, own.z.shape[-1])):
-                part = "its head"
             else:
-                part = "the scale or softcap after its head"
-            worst = float((ours.double() - wanted.double()).abs().max() / wanted.double().abs().max())
+                part = "its head, or the scale or softcap after it"
             raise NotImplementedError(
                 f"model: the lens's logits for random hidden states differ from those of {name_of(self.model)} by "
-                f"{worst:.1e} of the largest logit; what differs is {part}"
+                f"{relative_error(ours, wanted):.1e} of the largest logit; what differs is {part}"
             )
 
-    def _observe(self) -> _Pass:
-        """The first pass: real, or through blocks that return what they are given, in a form that the model takes."""
+    def _first_pass(self) -> _Pass:
+        """A pass on a few tokens: real, or through blocks that return what they are given, in a form that works."""
         if self._run_blocks:
             try:
                 return self._pass({})
@@ -150,8 +133,8 @@ class TracedModel:
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"model: {name_of(self.model)} does not run on {_TOKENS} tokens ({type(error).__name__}: {error}); "
-                    f"where only its blocks do not, pass verify=False"
+                    f"model: {name_of(self.model)} does not run on {TRIAL_TOKENS} tokens "
+                    f"({type(error).__name__}: {error}); where only its blocks do not, pass verify=False"
                 ) from error
         problems = []
         for form in (lambda h: h, lambda h: (h,), lambda h: (h, None), lambda h: (h, None, None)):
@@ -160,27 +143,60 @@ class TracedModel:
                 return form(first_tensor(args, kwargs))
 
             def last(*args: Any, form: Callable = form, **kwargs: Any) -> Any:
-                return form(self._random(first_tensor(args, kwargs), 1))
+                return form(random_like(first_tensor(args, kwargs), 1))
 
             try:
                 seen = self._pass({block: entering for block in self._blocks} | {self._blocks[-1]: last})
             except Exception as error:
                 problems.append(f"{type(error).__name__}: {error}")
                 continue
-            if seen.x.shape[:-1] == (1, _TOKENS):
+            if seen.x.shape[:-1] == (1, TRIAL_TOKENS):
                 return seen
         raise NotImplementedError(
             f"model: {name_of(self.model)} does not run when its blocks return what they are given "
             f"({problems[0] if problems else 'its head gets another shape'}); leave verify=True"
         )
 
-    def _before_head(self, stream: Tensor, blocks: Sequence[nn.Module]) -> tuple[nn.Module, float]:
-        """What leads from ``stream``, the last block's output, to the head, and the factor behind it."""
-        steps = self._steps(stream)
+    def _random_pass(self, outputs: Sequence[Any]) -> _Pass:
+        """The model's end at random hidden states, if it is a function of them alone: not of what else blocks return,
+        nor of the tokens. ``outputs``: what the blocks returned in another pass."""
+        h = random_like(stream_of(outputs[-1]), 1)
+        own = self._replay([*outputs[:-1], with_stream(outputs[-1], h)])
+        noise = [mapped(output, lambda part: random_like(part, 2)) for output in outputs]
+        other = self._replay([*noise[:-1], with_stream(noise[-1], h)], first_token=11)
+        if close(other.logits, own.logits):
+            return own
+        raise NotImplementedError(
+            f"model: the logits of {name_of(self.model)} depend on more than its last block's output, so a layer's "
+            f"hidden state alone does not give them"
+        )
+
+    def _check_head(self) -> None:
+        """Refuse a head that does more than its weight and bias say."""
+        self._check_on_device("head", self.head)
+        x, z = self._random.x, self._random.z
+        weight, bias = self.head.weight, self.head.bias
+        if weight.is_floating_point() and not close(F.linear(x.to(weight.dtype), weight, bias), z):
+            raise NotImplementedError(
+                f"model: the head of {name_of(self.model)}, a {type(self.head).__name__}, gives other logits than its "
+                f"weight and bias"
+            )
+
+    def _check_on_device(self, name: str, module: nn.Module) -> None:
+        if any(p.is_meta for p in module.parameters()):
+            raise NotImplementedError(
+                f"model: the {name} of {name_of(self.model)} is offloaded, and a lens reads it all the time; keep it "
+                f"on a device in device_map"
+            )
+
+    def _before_head(self, blocks: Sequence[nn.Module]) -> tuple[nn.Module, float]:
+        """What leads from the last block's output to the head, and the factor behind it."""
+        output = self._random.outputs[-1]
+        steps = self._steps(stream_of(output))
         if steps is None:
-            tail = Tail(self.model, blocks, self.head, self._seen.outputs[-1], self.layout)
+            tail = Tail(self.model, blocks, self.head, output, self.layout)
             try:
-                alias(tail, own_buffers=True)(self.layout.flat(stream)[0, -1:])
+                alias(tail, own_buffers=True)(self.layout.flat(stream_of(output))[0, -1:])
             except Exception as error:
                 raise NotImplementedError(
                     f"model: the end of {name_of(self.model)} is no chain of modules, and does not run by itself "
@@ -196,60 +212,51 @@ class TracedModel:
             return originals[0], factor
         return Chain(originals, factors[:-1], self.layout), factor
 
-    def _check_alone(self) -> _Pass:
-        """The model's end at random hidden states, if it is a function of them alone: not of what else blocks return,
-        nor of the tokens."""
-        recorded = self._seen.outputs
-        h = self._random(stream_of(recorded[-1]), 1)
-        own = self._replay([*recorded[:-1], with_stream(recorded[-1], h)])
-        noise = [mapped(output, lambda part: self._random(part, 2)) for output in recorded]
-        other = self._replay([*noise[:-1], with_stream(noise[-1], h)], first_token=11)
-        if close(other.logits, own.logits):
-            return own
-        raise NotImplementedError(
-            f"model: the logits of {name_of(self.model)} depend on more than its last block's output, so a layer's "
-            f"hidden state alone does not give them"
-        )
-
     def _replay(
         self, outputs: Sequence[Any], also: dict[nn.Module, Callable] | None = None, first_token: int = 3
     ) -> _Pass:
         """A pass whose blocks return ``outputs``; ``also``: what other modules do instead of their forward."""
-        given = {b: (lambda *_, output=o, **__: output) for b, o in zip(self._blocks, outputs, strict=True)}
-        return self._pass({**given, **(also or {})}, first_token)
+
+        def copied(part: Any) -> Any:
+            return part.clone() if isinstance(part, Tensor) else part  # what follows may be done in place
+
+        given = {b: (lambda *_, o=o, **__: mapped(o, copied)) for b, o in zip(self._blocks, outputs, strict=True)}
+        return replace(self._pass({**given, **(also or {})}, first_token), outputs=list(outputs))
 
     def _pass(self, forwards: dict[nn.Module, Callable], first_token: int = 3) -> _Pass:
         """Run the alias with other forward methods of some of its modules."""
         outputs: dict[nn.Module, Any] = {}
+        given: dict[nn.Module, Tensor | None] = {}
         calls: list[_Call] = []
         at_head: list[tuple[Tensor, Tensor]] = []
 
         def keep_output(block: nn.Module, _: tuple, output: Any) -> None:
             outputs[block] = output
 
-        def keep_call(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        # Clones, since what modules do and what follows them may be done in place.
+        def keep_given(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
-            returned = stream_of(output)
-            if len(tensors) == 1 and isinstance(returned, Tensor):
-                calls.append(_Call(module, tensors[0], returned))
+            given[module] = tensors[0].clone() if len(tensors) == 1 else None
+
+        def keep_call(module: nn.Module, _: tuple, output: Any) -> None:
+            before, returned = given[module], stream_of(output)
+            if before is not None and isinstance(returned, Tensor):
+                calls.append(_Call(module, before, returned.clone()))
 
         def keep_head(_: nn.Module, args: tuple, output: Tensor) -> None:
-            at_head.append((args[0], output.clone()))  # what follows may be done in place
+            at_head.append((args[0].clone(), output.clone()))
 
         hooks = [block.register_forward_hook(keep_output) for block in self._blocks]
-        hooks += [
-            module.register_forward_hook(keep_call, with_kwargs=True)
-            for module in self._outside
-            if module is not self._head
-        ]
+        for module in self._outside:
+            if module is not self._head:
+                hooks.append(module.register_forward_pre_hook(keep_given, with_kwargs=True))
+                hooks.append(module.register_forward_hook(keep_call))
         hooks.append(self._head.register_forward_hook(keep_head))
         own = {module: vars(module).get("forward") for module in forwards}
         for module, forward in forwards.items():
             vars(module)["forward"] = forward
-        embedding = self._twin.get_input_embeddings().weight
-        ids = torch.arange(first_token, first_token + _TOKENS, device="cpu" if embedding.is_meta else embedding.device)
         try:
-            logits = self._twin(**model_inputs(self._twin, ids[None] % len(embedding)))
+            logits = self._twin(**model_inputs(self._twin, trial_ids(self._twin, first_token)))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -265,50 +272,37 @@ class TracedModel:
             raise NotImplementedError(f"model: {name_of(self.model)} does not call its blocks {unseen}")
         return _Pass([outputs[block] for block in self._blocks], calls, *at_head[0], logits)
 
-    def _random(self, like: Tensor | None, seed: int) -> Any:
-        """Random values in the place of what a block returned, drawn without touching anybody's generator."""
-        if not isinstance(like, Tensor) or not like.is_floating_point():
-            return like
-        values = torch.randn(
-            like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
-        )
-        if like.ndim >= 3:  # positions, but for the prompt that some models put before
-            at = next((i for i in range(1, like.ndim) if like.shape[i] >= _TOKENS), 1)
-            scales = torch.tensor(_ROW_SCALES, device="cpu").repeat(-(-like.shape[at] // _TOKENS))[: like.shape[at]]
-            values *= scales.view([-1 if i == at else 1 for i in range(like.ndim)])
-        return values.to(like)
-
     def _steps(self, stream: Tensor) -> tuple[list[nn.Module], list[float]] | None:
         """The modules that lead from ``stream`` to the head and the factor before each and at the end; None if none."""
-        calls = self._seen.calls
+        calls = self._random.calls
 
         def back(target: Tensor, before: int) -> tuple[list[nn.Module], list[float]] | None:
-            factor = _related(stream, target)
-            if factor is not None:
-                return [], [factor]
+            if self.layout.streams is None or target.shape == stream.shape:
+                factor = constant_factor(stream, target)
+                if factor is not None:
+                    return [], [factor]
             for i, call in enumerate(calls[:before]):
-                factor = _related(call.returned, target)
-                if factor is None or _related(call.given, call.returned) == 1.0:
+                factor = constant_factor(call.returned, target)
+                if factor is None or constant_factor(call.given, call.returned) == 1.0:
                     continue
                 found = back(call.given, i)
                 if found is not None:
                     return [*found[0], call.module], [*found[1], factor]
             return None
 
-        return back(self._seen.x, len(calls))
+        return back(self._random.x, len(calls))
 
     def _factor(self, last: nn.Module) -> float:
         """What the output of ``last`` is multiplied by before the head, free of the rounding of the model's dtype."""
-        returned = next(call.returned for call in self._seen.calls if call.module is last)
+        returned = next(call.returned for call in self._random.calls if call.module is last)
         probe = torch.linspace(1, 2, returned.numel(), dtype=torch.float64, device=returned.device).view(returned.shape)
-        x = self._replay(
-            self._seen.outputs, {last: lambda *_, **__: probe, self._head: lambda _: self._seen.z}
-        ).x.double()
+        forwards = {last: lambda *_, **__: probe.clone(), self._head: lambda _: self._random.z}
+        x = self._replay(self._random.outputs, forwards).x.double()
         return float(x.reshape(-1)[-1] / probe.reshape(-1)[-1])
 
     def _after_head(self, factor: float) -> LogitTransform:
         """Scale, softcap and cut, from what becomes of chosen values in the place of what the head returns."""
-        z = self._seen.z
+        z = self._random.z
         generator = torch.Generator().manual_seed(0)
         largest = 14 if z.dtype == torch.float16 else 30
         sizes = torch.logspace(-6, largest, z.numel(), base=2, dtype=torch.float64, device="cpu")
@@ -316,7 +310,7 @@ class TracedModel:
         # Shuffled, so that no two tokens get the same: a cut elsewhere than at the end would be seen.
         values = (sizes * signs)[torch.randperm(len(sizes), generator=generator, device="cpu")].view(z.shape)
         probe = values.to(z.device)
-        logits = self._replay(self._seen.outputs, {self._head: lambda _: probe}).logits
+        logits = self._replay(self._random.outputs, {self._head: lambda _: probe.clone()}).logits
         tolerance = max(1e-5, 8 * torch.finfo(logits.dtype).eps)
         found = logits.double().cpu()
         vocab = found.shape[-1]
@@ -340,132 +334,6 @@ class TracedModel:
             f"model: {name_of(self.model)} changes its logits after the head by more than a scale, a softcap and a cut "
             f"of the vocabulary's end"
         )
-
-
-def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of the model's blocks and its path: the list with as many modules as the text model's config says it
-    has layers, outside of parts with configs of their own, such as a vision tower.
-
-    Where there is none, the model is run on a few tokens: the list whose module is called last.
-
-    Raises:
-        ValueError: ``model`` has no config.
-        NotImplementedError: no list of blocks.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise ValueError(
-            f"model: {type(model).__name__} has no config; wanted a transformers causal LM, or its parts in "
-            f"Unembed.from_modules(norm, head)"
-        )
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None)
-
-    def of_the_text(module: nn.Module) -> bool:
-        own = getattr(module, "config", config)
-        return own is config or own is text
-
-    lists = dict(_outermost_lists(model, of_the_text))
-    found = {path: blocks for path, blocks in lists.items() if len(blocks) == layers}
-    if found:
-        # As many other modules as layers are smaller ones.
-        path = max(found, key=lambda path: sum(p.numel() for p in found[path].parameters()))
-        return path, found[path]
-    lists = dict(_outermost_lists(model, lambda _: True))
-    if (last := _called_last(model, lists)) is None:
-        raise NotImplementedError(f"model: no list of blocks found in {name_of(model)}")
-    return last, lists[last]
-
-
-def linear_head(model: Any) -> nn.Linear:
-    """The head, a linear layer; the model's own.
-
-    Raises:
-        ValueError: ``model`` has no head, or one that is not linear.
-    """
-    get = getattr(model, "get_output_embeddings", None)
-    head = None if get is None else get()
-    if head is None:
-        raise ValueError(
-            f"model: {type(model).__name__} has no head; load it with AutoModelForCausalLM, or pass its parts to "
-            f"Unembed.from_modules(norm, head)"
-        )
-    if hasattr(head, "base_layer"):
-        raise ValueError("model: its head has an adapter, such as LoRA's; merge it first, with merge_and_unload()")
-    if not isinstance(head, nn.Linear):
-        # TransformerLens's bridge puts a module around it.
-        inside = [module for module in head.modules() if isinstance(module, nn.Linear)]
-        head = inside[0] if len(inside) == 1 else head
-    if not isinstance(head, nn.Linear):
-        found = f"{type(head).__module__}.{type(head).__name__}"
-        raise ValueError(f"model: its head is a {found}, wanted an nn.Linear, and not a quantised one")
-    return head
-
-
-def _related(source: Tensor, target: Tensor) -> float | None:
-    """The factor from ``source`` to ``target``, or to its first or last positions; None where they are others."""
-    if source.shape[-1:] != target.shape[-1:] or not target.numel():
-        return None
-    wanted = target.reshape(-1, target.shape[-1])
-    rows = source.reshape(-1, source.shape[-1])
-    for start in {0, len(rows) - len(wanted)} if len(rows) >= len(wanted) else ():
-        part = rows[start : start + len(wanted)]
-        if torch.equal(part, wanted):
-            return 1.0
-        a, b = part.double(), wanted.double()
-        factor = float((a * b).sum() / a.square().sum())
-        tolerance = 4 * max(torch.finfo(source.dtype).eps, torch.finfo(target.dtype).eps)
-        if factor and ((b - factor * a).abs() <= tolerance * b.abs().amax(-1, keepdim=True)).all():
-            return factor
-    return None
-
-
-def close(found: Tensor, wanted: Tensor) -> bool:
-    """Within the tolerance of :meth:`TracedModel.verify`, in every row ``[..., width]``."""
-    found = found.reshape(wanted.shape)
-    error = torch.where(found == wanted, 0, found.double() - wanted.double()).abs()  # also where both are -inf
-    tolerance = max(1e-4, 8 * torch.finfo(wanted.dtype).eps, 8 * torch.finfo(found.dtype).eps)
-    largest = wanted.double().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True)
-    return bool((error <= (tolerance * largest).clamp(min=torch.finfo(wanted.dtype).tiny)).all())
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No graph, no autocast, and random generators left as they were."""
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng([device.index for device in devices]),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
-    ):
-        yield
-
-
-def _outermost_lists(
-    module: nn.Module, enter: Callable[[nn.Module], bool], path: str = ""
-) -> Iterator[tuple[str, nn.ModuleList]]:
-    for name, child in module.named_children():
-        at = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList):
-            yield at, child
-        elif enter(child):
-            yield from _outermost_lists(child, enter, at)
-
-
-def _called_last(model: Any, lists: dict[str, nn.ModuleList]) -> str | None:
-    """The path of the list whose module returns last in a run on a few tokens."""
-    twins: dict[nn.Module, nn.Module] = {}
-    twin = alias(model, twins, own_buffers=True).eval()
-    last: list[str] = []
-    for path, modules in lists.items():
-        for module in modules:
-            twins[module].register_forward_hook(lambda *_, path=path: last.append(path))
-    embedding = twin.get_input_embeddings().weight
-    ids = torch.arange(3, 3 + _TOKENS, device="cpu" if embedding.is_meta else embedding.device) % len(embedding)
-    with _undisturbed(model):
-        twin(**model_inputs(twin, ids))
-    return last[-1] if last else None
 
 
 def _check_loaded(model: nn.Module, blocks: Sequence[nn.Module], run_blocks: bool) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast.models.alias import alias
-from tuned_lens_fast.models.tracing import close
+from tuned_lens_fast.models.comparison import close, random_like, relative_error
+from tuned_lens_fast.models.forward_pass import TRIAL_TOKENS
 
 
 def unwrapped(model: Any) -> Any:
@@ -55,17 +56,14 @@ def check_hooked(model: Any, unembed: Callable[[Tensor], Tensor]) -> None:
             :meth:`tuned_lens_fast.models.tracing.TracedModel.verify`.
     """
     weight = model.unembed.W_U
-    rows = min(4, model.cfg.n_ctx)
-    h = torch.randn(rows, len(weight), generator=torch.Generator().manual_seed(0), device="cpu")
-    # An eps matters in a small row, its absence in a large one.
-    h = (h * torch.tensor([[1.0], [30.0], [3e-3], [1.0]], device="cpu")[:rows]).to(weight)
+    rows = min(TRIAL_TOKENS, model.cfg.n_ctx)
+    h = random_like(weight.new_empty(1, rows, len(weight)), seed=0)[0]
     twin = alias(model, own_buffers=True).eval()
     twin.blocks[-1].register_forward_hook(lambda *_: h[None])
     ids = torch.arange(rows, device=h.device) % model.cfg.d_vocab
     wanted, found = twin(ids[None], return_type="logits")[0], unembed(h)
     if not close(found, wanted):
-        worst = float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
         raise NotImplementedError(
             f"model: the lens's logits for random hidden states differ from those of {type(model).__name__} by "
-            f"{worst:.1e} of the largest logit"
+            f"{relative_error(found, wanted):.1e} of the largest logit"
         )

@@ -12,11 +12,11 @@ import inspect
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,17 +26,15 @@ from torch import Tensor, nn
 from tuned_lens_fast import load_artifacts
 from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
-from tuned_lens_fast.models.model_end import model_inputs
+from tuned_lens_fast.models.forward_pass import model_inputs
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
 from tuned_lens_fast.nn.unembed import Unembed, check_hidden
-
-if TYPE_CHECKING:
-    from tuned_lens_fast.stats import LensStats
 
 #: What `TunedLens.from_*_pretrained` takes for the artifact loader.
 _ARTIFACT_OPTIONS = frozenset(inspect.signature(load_artifacts.load_lens_artifacts).parameters) - {"resource_id"}
@@ -76,34 +74,8 @@ class Lens(abc.ABC, nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no translator(idx), which decode needs")
 
-    def decode(
-        self,
-        hidden_states: Tensor | Sequence[Tensor],
-        *,
-        layers: Sequence[int] | None = None,
-        targets: Tensor | None = None,
-        reference: Tensor | None = None,
-        top_k: int = 0,
-        watch: Sequence[int] | Tensor | None = None,
-        stats: Sequence[str] | None = None,
-        engine: str = "auto",
-        memory_budget: int | None = None,
-    ) -> LensStats:
-        """Statistics of every layer and position; see :func:`tuned_lens_fast.decode.decode`."""
-        from tuned_lens_fast.decode import decode
-
-        return decode(
-            self,
-            hidden_states,
-            layers=layers,
-            targets=targets,
-            reference=reference,
-            top_k=top_k,
-            watch=watch,
-            stats=stats,
-            engine=engine,
-            memory_budget=memory_budget,
-        )
+    #: Statistics of every layer and position.
+    decode = decode
 
     @torch.no_grad()
     def generate(
