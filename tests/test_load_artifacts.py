@@ -144,7 +144,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("name", "lens"), [*load_artifacts.ALIASES.items(), *((name, name) for name in sorted(PUBLISHED))])
+@pytest.mark.parametrize(
+    ("name", "lens"), [*load_artifacts.ALIASES.items(), *((name, name) for name in sorted(PUBLISHED))]
+)
 def test_names_of_models_lead_to_their_lens(hub, name, lens):
     assert lens in PUBLISHED
     load_lens_artifacts(name)
