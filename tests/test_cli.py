@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from tiny_text_model import LAYERS, POSITIONS
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import cli, progress
@@ -121,27 +122,40 @@ def test_tuned_lens(saved, tuned, capsys):
     torch.testing.assert_close(torch.tensor(answer["lse"][-1]), torch.tensor(logit_lens["lse"][-1]))
 
 
-@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".safetensors"])
-def test_out(suffix, saved, tmp_path, capsys):
+def test_out_as_safetensors(saved, tmp_path, capsys):
     folder, model, tokenizer = saved
-    path = tmp_path / f"result{suffix}"
+    path = tmp_path / "result.safetensors"
     path.write_text("what was there before")
     assert cli.main(["decode", str(folder), TEXT, "--out", str(path), "--quiet"]) == 0
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     assert os.listdir(tmp_path) == [path.name]
-
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
     wanted = tl.decode_model(model, tl.LogitLens.from_model(model), ids, top_k=5)
-    if suffix == ".safetensors":
-        torch.testing.assert_close(tl.LensStats.load(path).top_log_probs, wanted.top_log_probs)
-        return
-    frame = pandas.read_csv(path) if suffix == ".csv" else pandas.read_parquet(path)
-    assert len(frame) == (LAYERS + 1) * len(ids)
-    one = frame[(frame.layer == 1) & (frame.position == 3)].iloc[0]
-    assert one.token_id == ids[3]
-    assert one.token == tokenizer.convert_ids_to_tokens([int(ids[3])])[0]
-    assert one.kl == pytest.approx(wanted.kl[1, 3].item(), rel=1e-5)
+    torch.testing.assert_close(tl.LensStats.load(path).top_log_probs, wanted.top_log_probs)
+
+
+def test_a_file_holds_what_the_folder_holds(saved, tmp_path):
+    out = ["folder", "x.parquet", "x.csv"]
+    options = ["--watch", "a", "--watch", "b", "--top-k", "3", "--stats", "rank,kl", "--quiet"]
+    for name in out:
+        assert cli.main(["decode", str(saved[0]), TEXT, *options, "--out", str(tmp_path / name)]) == 0
+    folder, parquet = (pandas.read_parquet(tmp_path / name) for name in out[:2])
+    assert {*out} <= {*os.listdir(tmp_path)}
+    names = ["document", "layer", "position", "token_id", "token", "target", "lse", "rank", "kl"]
+    assert parquet.columns.tolist() == [*names, "top_ids", "top_log_probs", "watch_log_probs"]
+    pandas.testing.assert_frame_equal(parquet, folder, check_dtype=False, check_categorical=False)
+    csv = pandas.read_csv(tmp_path / "x.csv")
+    lists = [f"{name}_{i}" for name, k in (("top_id", 3), ("top_log_prob", 3), ("watch_log_prob", 2)) for i in range(k)]
+    assert csv.columns.tolist() == [*names, *lists]
+    assert csv.token.map(json.loads).tolist() == folder.token.tolist()
+    for name in ("document", "layer", "position", "token_id", "target", "rank"):
+        np.testing.assert_array_equal(csv[name], folder[name])
+    for name in ("lse", "kl"):
+        np.testing.assert_array_equal(csv[name].astype("float32"), folder[name])
+    for name in ("top_ids", "top_log_probs", "watch_log_probs"):
+        columns = csv[[column for column in lists if column.startswith(name[:-1])]]
+        np.testing.assert_array_equal(columns.to_numpy().astype("float32"), np.stack(folder[name].to_list()))
 
 
 def write_jsonl(path, rows):
@@ -255,14 +269,110 @@ def test_a_bad_line_is_named_before_the_work(second, problem, tmp_path, capsys, 
     assert not out.exists()
 
 
-def test_a_line_too_long_is_named_before_the_model_runs(folder, tmp_path, capsys):
-    source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * (POSITIONS + 1)}])
-    assert cli.main(["decode", folder, "--jsonl", source, "--out", str(tmp_path / "run")]) == 1
-    assert re.search(rf"jsonl: .*, line 2: it has {POSITIONS + 1} tokens, more than", capsys.readouterr().err)
-    assert not (tmp_path / "run").exists()
+def test_a_text_too_long_is_named_before_the_model_runs(saved, tmp_path, capsys):
+    """Only by a model that has learned a table of positions: another may read more than its config says."""
+    config = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": len(saved[2])}
+    learned = tmp_path / "model"
+    GPT2LMHeadModel(GPT2Config(**config)).save_pretrained(learned)
+    saved[2].save_pretrained(learned)
+    problem = r"got 65 positions, and GPT2LMHeadModel has learned only 64; cut the prompt"
+    source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * 65}])
+    out = tmp_path / "run"
+    assert cli.main(["decode", str(learned), "--jsonl", source, "--out", str(out)]) == 1
+    assert re.search(rf"error: jsonl: .*x\.jsonl, line 2: {problem}", capsys.readouterr().err)
+    assert cli.main(["decode", str(learned), "b" * 65]) == 1
+    assert re.search(rf"error: text: {problem}", capsys.readouterr().err)
+    assert not out.exists()
+    assert cli.main(["decode", str(learned), "b" * 64, "--quiet"]) == 0
+    assert cli.main(["decode", str(saved[0]), "b" * (POSITIONS + 1), "--quiet"]) == 0
+
+
+def test_no_documents(folder, tmp_path, capsys):
     source = write_jsonl(tmp_path / "x.jsonl", [])
     assert cli.main(["decode", folder, "--jsonl", source, "--out", str(tmp_path / "run")]) == 1
     assert "has no documents" in capsys.readouterr().err
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+Path({marker!r}).touch()
+class Config(LlamaConfig):
+    model_type = "of_its_own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def own_code(saved, folder, marker, *, tokenizer):
+    """The model in a folder that brings code, for the tokenizer or for the rest."""
+    saved[1].save_pretrained(folder)
+    saved[2].save_pretrained(folder)
+    changes = {
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]},
+            "tokenizer_class": "T",
+        },
+        "config.json": {
+            "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+            "model_type": "of_its_own",
+        },
+    }
+    file = folder / ("tokenizer_config.json" if tokenizer else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes[file.name]))
+    (folder / "code.py").write_text(CODE.format(marker=str(marker)))
+
+
+@pytest.mark.parametrize("command", ["decode", "info"])
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_models_own_code_runs_only_if_asked_for(command, tokenizer, saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    own_code(saved, folder, marker, tokenizer=tokenizer)
+    argv = [command, str(folder), *(["-"] if command == "decode" else [])]
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks"))
+    yes = tmp_path / "yes"
+    yes.write_text("y\ny\ny\n")
+    with yes.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        found = cli.main(argv)
+    captured = capsys.readouterr()
+    assert not marker.exists()
+    if command == "info" and tokenizer:  # reads none
+        assert found == 0
+        return
+    assert found == 1
+    assert captured.out == ""
+    assert re.fullmatch(r"tuned-lens-fast: error: model: .* brings Python code .* --trust-remote-code\n", captured.err)
+    with yes.open() as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert cli.main([*argv, "--trust-remote-code"]) == 0
+    assert marker.exists()
+
+
+def test_a_lens_brings_no_code(saved, tuned, tmp_path, capsys):
+    """Neither in its config nor in its checkpoint."""
+    marker = tmp_path / "marker"
+    shutil.copytree(tuned, tmp_path / "lens")
+    config = json.loads((tmp_path / "lens" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "lens" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "lens" / "code.py").write_text(CODE.format(marker=str(marker)))
+    argv = ["decode", str(saved[0]), "hi", "--quiet", "--trust-remote-code", "--lens", str(tmp_path / "lens")]
+    assert cli.main(argv) == 0
+    assert "unknown keys are ignored: 'auto_map'" in capsys.readouterr().err
+
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({"0.weight": Code()}, tmp_path / "lens" / "params.pt")
+    assert cli.main(argv) == 1
+    assert "could run code" in capsys.readouterr().err
+    assert not marker.exists()
 
 
 def test_html(folder, tmp_path, capsys):
@@ -309,6 +419,32 @@ def test_no_token_is_markup_to_the_terminal(folder, capsys):
     out = capsys.readouterr().out
     assert re.search(r"^ layer a .*\[red\] .*b", out, re.MULTILINE)
     assert re.search(r"^  next \[red\] .*b", out, re.MULTILINE)
+
+
+def test_nothing_moves_the_cursor_or_turns_the_line(saved, tuned, tmp_path, capsys):
+    """Whatever a text, a lens or a name holds: control characters and marks of direction are printed as escapes."""
+    wild = "a\x1b[2J\x9b31m\u202e\u2066\u200f\x7f\x85\u2028b"
+    assert cli.main(["decode", str(saved[0]), wild, "--layers", "0"]) == 0
+    out, err = capsys.readouterr()
+    shutil.copytree(tuned, tmp_path / "lens")
+    config = json.loads((tmp_path / "lens" / "config.json").read_text())
+    (tmp_path / "lens" / "config.json").write_text(json.dumps(config | {"base_model_name_or_path": wild, wild: 1}))
+    for argv in (
+        ["decode", str(saved[0]), wild, "--json", "--layers", "0"],
+        ["info", str(tmp_path / "lens")],
+        ["info", str(tmp_path / "lens"), "--json"],
+        ["decode", str(tmp_path / wild), "hi"],
+        ["decode", str(saved[0]), "hi", "--watch", wild],
+        ["decode", str(saved[0]), "hi", "--lens", str(tmp_path / wild)],
+    ):
+        cli.main(argv)
+        more = capsys.readouterr()
+        out, err = out + more.out, err + more.err
+    with pytest.raises(SystemExit):
+        cli.main(["decode", str(saved[0]), "hi", wild])
+    out += capsys.readouterr().err
+    assert all(char.isprintable() or char == "\n" for char in out + err)
+    assert "\\x1b[2J" in err
 
 
 def test_a_lens_of_another_model_is_warned_of(folder, tuned, tmp_path, capsys):
@@ -362,11 +498,26 @@ def test_module_runs(folder):
     assert b"Loading weights" not in done.stderr
 
 
+def test_version_and_help_import_nothing_that_a_decode_may_not_need():
+    script = (
+        "import sys, tuned_lens_fast.cli as cli\n"
+        "for argument in sys.argv[1:]:\n"
+        "    try: cli.main([argument])\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    command = [sys.executable, "-c", script, "--version", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    version, code, usage, *_, last_code, modules = done.stdout.splitlines()
+    assert (version, code, last_code) == (f"tuned-lens-fast {tl.__version__}", "0", "0")
+    assert usage.startswith("usage: tuned-lens-fast")
+    assert not {"transformers", "huggingface_hub", "pandas", "pyarrow", "plotly"} & {*modules.split()}
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "problem"),
     [
         (["{model}", ""], 1, "text: it is empty"),
-        (["{model}", "x" * (POSITIONS + 1)], 1, f"text: it has {POSITIONS + 1} tokens, more"),
         (["{model}", "--file", "{tmp}/absent.txt"], 1, "file: cannot read .*absent.txt: No such file"),
         (["{model}", "--file", "{binary}"], 1, "file: .* is not UTF-8 text"),
         (["{tmp}/absent", "hi"], 1, "model: there is no folder"),
@@ -393,7 +544,19 @@ def test_module_runs(folder):
         (["{model}", "hi", "--stats", "kl,mood"], 2, "argument --stats: got 'mood', wanted names out of log_prob"),
         (["{model}", "hi", "--layers", "3-1"], 2, "argument --layers: got '3-1'"),
         (["{model}", "hi", "--layers", "a"], 2, "argument --layers: got 'a'"),
+        (["{model}", "hi", "--layers", "0-99999999999"], 2, "argument --layers: got '0-99999999999'"),
+        (["{model}", "hi", "--chunk", "9" * 10_000], 2, "argument --chunk: got '9+[.]{3}9+', wanted a whole number"),
+        (["{model}", "hi", "--memory-budget", "9" * 10_000], 2, "argument --memory-budget: got '9+[.]{3}9+', wanted"),
+        (["{model}", "hi", "--engine", "x" * 10_000], 2, "argument --engine: invalid choice: 'x+…"),
+        (["x" * 100_000, "hi"], 1, "model: cannot load 'x+[.]{3}x+': .*"),
+        (["./" + "x" * 100_000, "hi"], 1, r"model: there is no folder '[.]/x+[.]{3}x+'"),
+        (["{model}", "hi", "--lens", "x" * 100_000], 1, "resource_id: no lens at 'x+[.]{3}x+': .*"),
+        (["{model}", "hi", "--watch", "x" * 100_000], 1, r"watch: 'x+[.]{3}x+' is 100000 tokens .* 99,996 more"),
+        (["{model}", "hi", "--device", "x" * 100_000], 1, "device: cannot use 'x+[.]{3}x+': .*"),
         (["{model}", "hi", "--memory-budget", "12parsec"], 2, "argument --memory-budget: got '12parsec'"),
+        (["{model}", "hi\udcff"], 2, "TEXT: got 'hi.+udcff', wanted UTF-8"),
+        (["{model}", "--dtype", "auto", "hi\udcff"], 2, "TEXT: got 'hi.+udcff', wanted UTF-8"),
+        (["{model}", "hi", "--watch", "\udcff"], 2, "--watch: got '.+udcff', wanted UTF-8"),
         (["{model}", "hi", "--top-k", "0"], 2, "argument --top-k: got '0'"),
         (["{model}", "hi", "--engine", "steam"], 2, "argument --engine: invalid choice"),
         (["{model}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),
@@ -414,6 +577,7 @@ def test_errors_are_one_line(argv, code, problem, folder, tmp_path, capsys):
     assert found == code, captured.err
     assert captured.out == ""
     assert re.fullmatch(rf"tuned-lens-fast: error: .*{problem}.*\n", captured.err)
+    assert len(captured.err) < 1000
     assert os.listdir(tmp_path) == ["binary"]
 
 
@@ -422,8 +586,23 @@ def test_debug_shows_the_traceback(folder, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_outputs_are_checked_before_the_work(folder, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["hi", "--lens", "./absent"], "no lens at './absent'"),
+        (["hi", "--watch", "hi"], "watch: 'hi' is 2 tokens"),
+        (["", "--debug"], "text: it is empty"),
+    ],
+)
+def test_what_does_not_need_the_model_is_checked_before_it_is_loaded(folder, argv, problem, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_load_model", lambda args: pytest.fail("the work has begun"))
+    assert cli.main(["decode", folder, *argv]) == 1
+    assert problem in capsys.readouterr().err
+
+
+def test_outputs_are_checked_before_the_work(folder, tmp_path, capsys, monkeypatch):
+    for load in ("_load_model", "_load_tokenizer"):
+        monkeypatch.setattr(cli, load, lambda args: pytest.fail("the work has begun"))
     assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "absent" / "x.html")]) == 1
     find_spec = cli.importlib.util.find_spec
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name))
@@ -439,9 +618,7 @@ def test_interrupted_while_writing(option, name, folder, tmp_path, monkeypatch, 
             file.write(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        *(("pathlib.Path.write_text", half) if option == "--html" else ("pandas.DataFrame.to_csv", half))
-    )
+    monkeypatch.setattr(*(("pathlib.Path.write_text", half) if option == "--html" else ("pyarrow.csv.write_csv", half)))
     (tmp_path / name).write_bytes(b"old")
     assert cli.main(["decode", folder, "hi", option, str(tmp_path / name)]) == 130
     assert os.listdir(tmp_path) == [name]

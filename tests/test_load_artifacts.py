@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -32,7 +33,7 @@ def hub(monkeypatch, tmp_path):
         asked.append(kwargs)
         return str(tmp_path / kwargs["subfolder"] / kwargs["filename"])
 
-    monkeypatch.setattr(load_artifacts, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.delenv("TUNED_LENS_REPO_ID", raising=False)
     monkeypatch.delenv("TUNED_LENS_REPO_TYPE", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -111,7 +112,7 @@ def test_safetensors_on_the_hub(hub, monkeypatch, tmp_path):
             raise EntryNotFoundError("no entry")
         return tmp_path / kwargs["filename"]
 
-    monkeypatch.setattr(load_artifacts, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert load_lens_artifacts("gpt2")[1] == tmp_path / "params.safetensors"
     with pytest.raises(FileNotFoundError):
         load_lens_artifacts("gpt2", ckpt_file="params.pt", config_file="params.pt")
@@ -143,7 +144,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("name", "lens"), [*load_artifacts.ALIASES.items(), *((name, name) for name in sorted(PUBLISHED))])
+@pytest.mark.parametrize(
+    ("name", "lens"), [*load_artifacts.ALIASES.items(), *((name, name) for name in sorted(PUBLISHED))]
+)
 def test_names_of_models_lead_to_their_lens(hub, name, lens):
     assert lens in PUBLISHED
     load_lens_artifacts(name)
@@ -174,7 +177,7 @@ def test_a_model_without_a_name(hub, tmp_path):
 
 @pytest.mark.parametrize("resource", ["/nowhere/lens", "./lens", "../lens", "~/lens"])
 def test_a_path_is_not_asked_of_the_hub(hub, resource):
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
         load_lens_artifacts(resource)
     assert hub == []
 
@@ -204,7 +207,7 @@ def no_response(kind, message):
         (
             lambda: no_response(GatedRepoError, "403"),
             PermissionError,
-            "is gated.*Accept its terms.*page of a/b.*HF_TOKEN",
+            "is gated.*Accept its terms.*page of 'a/b'.*HF_TOKEN",
         ),
         (lambda: LocalEntryNotFoundError("offline"), ConnectionError, "not in the cache.*HF_HUB_OFFLINE.*folder"),
         (lambda: OfflineModeIsEnabled("offline"), ConnectionError, "cannot be fetched.*folder"),
@@ -216,7 +219,7 @@ def test_the_hubs_failures_are_told_apart_and_say_what_to_do(monkeypatch, failur
     def download(**_kwargs):
         raise failure()
 
-    monkeypatch.setattr(load_artifacts, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(error, match=message) as caught:
         load_lens_artifacts("some/model", repo_id="a/b", repo_type="space")
     assert "'some/model'" in str(caught.value)
@@ -252,8 +255,8 @@ def local_hub(monkeypatch, tmp_path):
             raise EntryNotFoundError(str(path))
         return str(path)
 
-    monkeypatch.setattr(load_artifacts, "HfApi", Api)
-    monkeypatch.setattr(load_artifacts, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return root
 
 
@@ -292,7 +295,7 @@ def test_where_to_is_up_to_the_caller(local_hub):
 def test_the_real_hubs_client_takes_what_it_is_given(monkeypatch, tmp_path):
     """Its own signatures, without its network."""
     api = mock.create_autospec(HfApi)
-    monkeypatch.setattr(load_artifacts, "HfApi", api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
     load_artifacts.push_lens_artifacts(tmp_path, "gpt2", "me/lenses", private=False, revision="v1", token="t")
     api.assert_called_once_with(token="t")
     api().create_repo.assert_called_once_with("me/lenses", repo_type="model", private=False, exist_ok=True)

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from tuned_lens_fast.stats import LensStats
 
+OURS = {"format": "tuned_lens_fast.LensStats 1"}
+
 
 def make(*lead, layers=3, k=2):
     shape = (layers, *lead)
@@ -139,14 +141,54 @@ def test_files_that_are_not_ours(tmp_path):
         with pytest.raises(ValueError, match=r"a\.safetensors is not a complete safetensors file"):
             LensStats.load(path)
     save_file({"lse": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"holds None with \['lse'\]"):
+    with pytest.raises(ValueError, match=r"holds None with 'lse', wanted"):
         LensStats.load(path)
-    save_file(
-        {"lse": torch.zeros(2), "layers": torch.zeros(2), "__class__": torch.zeros(1)},
-        path,
-        metadata={"format": "tuned_lens_fast.LensStats 1"},
-    )
+    save_file({"lse": torch.zeros(2), "layers": torch.zeros(2), "__class__": torch.zeros(1)}, path, metadata=OURS)
     with pytest.raises(ValueError, match="__class__"):
+        LensStats.load(path)
+    names = {f"{'x' * 1000}{i}": torch.zeros(1) for i in range(500)}
+    save_file(names, path, metadata={"format": "y" * 10**5})
+    with pytest.raises(ValueError, match="and 496 more, wanted") as caught:
+        LensStats.load(path)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("index", [0, (1, 2), (..., 0), (0, 1), slice(0, 0), (slice(None), slice(0, 0)), (0, [1, 2])])
+@pytest.mark.parametrize("lead", [(4,), (4, 5)])
+def test_parts_are_saved_and_loaded(tmp_path, index, lead):
+    part = make(*lead)[index]
+    part.save(tmp_path / "a.safetensors")
+    same(LensStats.load(tmp_path / "a.safetensors"), part)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"layers": torch.arange(2)}, r"layers has shape \[2\], lse \[3, 4\]"),
+        ({"layers": torch.arange(6).reshape(3, 2)}, r"layers has shape \[3, 2\]"),
+        ({"layers": torch.arange(3.0)}, r"layers is torch\.float32, wanted torch\.int64"),
+        ({"layers": torch.tensor(1)}, r"targets has shape \[4\], wanted \[3, 4\]"),
+        ({"lse": torch.zeros(3, 4, dtype=torch.int64)}, r"lse is torch\.int64, wanted torch\.float32"),
+        ({"lse": torch.zeros(3, 4).double()}, r"lse is torch\.float64"),
+        ({"lse": torch.zeros(3)}, r"targets has shape \[4\], wanted \[\]"),
+        ({"targets": torch.arange(5)}, r"targets has shape \[5\], wanted \[4\]"),
+        ({"entropy": torch.zeros(3, 5)}, r"entropy has shape \[3, 5\], wanted \[3, 4\]"),
+        ({"entropy": torch.zeros(3, 4, 1)}, r"entropy has shape \[3, 4, 1\]"),
+        ({"rank": torch.zeros(3, 4)}, r"rank is torch\.float32, wanted torch\.int64"),
+        ({"rank": torch.zeros(3, 4, dtype=torch.int32)}, r"rank is torch\.int32"),
+        ({"top_ids": torch.zeros(3, 4, dtype=torch.int64)}, r"top_ids has shape \[3, 4\]"),
+        (
+            {"top_ids": torch.zeros(3, 4, 1, dtype=torch.int64)},
+            r"top_log_probs has shape \[3, 4, 2\], wanted \[3, 4, 1\]",
+        ),
+        ({"watch_log_probs": torch.tensor(1.0)}, r"watch_log_probs has shape \[\]"),
+        ({"watch_log_probs": torch.zeros(3, 1, 4, 2)}, r"watch_log_probs has shape"),
+    ],
+)
+def test_fields_that_do_not_belong_together(tmp_path, change, problem):
+    path = tmp_path / "a.safetensors"
+    save_file({**dict(make(4).items()), **change}, path, metadata=OURS)
+    with pytest.raises(ValueError, match=rf"a\.safetensors holds statistics that do not belong together: {problem}"):
         LensStats.load(path)
 
 

@@ -22,13 +22,16 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from tuned_lens_fast.checkpoint import StoredTensor, open_checkpoint
+from tuned_lens_fast.messages import listed, quoted, shortened
+
+#: Bytes of a lens's config: old ones hold their model's as well, with the names of its labels.
+MOST_CONFIG = 2**20
 #: Options of the versions before 0.1.0 that a lens of today has not, with what they mean.
 _REFUSED_OPTIONS = {
     "reuse_unembedding": "every layer has a head of its own in place of a translator",
@@ -91,19 +94,19 @@ class TunedLensConfig:
         if "unemebd_hash" in known:
             known.setdefault("unembed_hash", known.pop("unemebd_hash"))
         names = {field.name for field in fields(cls)}
-        for key in sorted(known.keys() - names):
-            warnings.warn(f"lens config: unknown key {key!r} is ignored", stacklevel=2)
-            del known[key]
+        unknown = sorted(known.keys() - names)
+        if unknown:
+            warnings.warn(f"lens config: unknown keys are ignored: {listed(unknown)}", stacklevel=2)
         missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in known]
         if missing:
-            raise ValueError(f"lens config: {', '.join(missing)} missing; got {', '.join(config_dict) or 'nothing'}")
-        config = cls(**known)
+            raise ValueError(f"lens config: {', '.join(missing)} missing; got {listed(config_dict)}")
+        config = cls(**{name: value for name, value in known.items() if name in names})
         for name in ("d_model", "num_hidden_layers"):
             value = getattr(config, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"lens config: {name} is {value!r}, wanted a positive integer")
+                raise ValueError(f"lens config: {name} is {quoted(value)}, wanted a positive integer")
         if type(config.bias) is not bool:
-            raise ValueError(f"lens config: bias is {config.bias!r}, wanted true or false")
+            raise ValueError(f"lens config: bias is {quoted(config.bias)}, wanted true or false")
         # Lenses of development versions before 0.1.0 have an integer for a hash.
         for name, kinds in (
             ("base_model_name_or_path", str),
@@ -112,9 +115,9 @@ class TunedLensConfig:
         ):
             value = getattr(config, name)
             if not isinstance(value, kinds) and (value is not None or name == "base_model_name_or_path"):
-                raise ValueError(f"lens config: {name} is {value!r}, wanted a string")
+                raise ValueError(f"lens config: {name} is {quoted(value)}, wanted a string")
         if config.lens_type != "linear_tuned_lens":
-            raise ValueError(f"lens config: lens_type is {config.lens_type!r}, wanted 'linear_tuned_lens'")
+            raise ValueError(f"lens config: lens_type is {quoted(config.lens_type)}, wanted 'linear_tuned_lens'")
         return config
 
 
@@ -124,20 +127,31 @@ class Artifact:
 
     config: TunedLensConfig
     translators: dict[str, Tensor]  #: "0.weight" [d_model, d_model], "0.bias" [d_model], ...
-    #: What it holds of the model it was made for, if anything: "final_norm.weight", "unembedding.weight", ....
-    model_end: dict[str, Tensor]
+    #: Parts of its model's end that it holds otherwise than the model asked about: "final_norm", "unembedding".
+    differing: list[str]
 
 
-def read_artifact(config_path: Path, ckpt_path: Path, **options: Any) -> Artifact:
-    """A lens from its two files. Nothing is allocated for what the config claims and the checkpoint lacks.
+def read_artifact(
+    config_path: Path,
+    ckpt_path: Path,
+    unembed: nn.Module | None = None,
+    *,
+    d_model: int | None = None,
+    layers: int | None = None,
+) -> Artifact:
+    """A lens from its two files.
+
+    Nothing is allocated for what the config claims and the checkpoint lacks, nor for what the checkpoint holds and the
+    lens does not need.
 
     Args:
         config_path: JSON.
         ckpt_path: a checkpoint of PyTorch, or of safetensors if it is named so.
-        options: ``map_location``, ``mmap`` of ``torch.load``, which never runs a checkpoint's code.
+        unembed: the end of a model, to compare with what the checkpoint holds of one.
+        d_model, layers: of that model; a lens of others is refused before its checkpoint is opened.
 
     Warns:
-        UserWarning: a key of the config is unknown, or the lens has no translator of layer 0, or one of the
+        UserWarning: the config has unknown keys, or the lens has no translator of layer 0, or one of the
             model's own output, which is left out.
 
     Raises:
@@ -146,10 +160,20 @@ def read_artifact(config_path: Path, ckpt_path: Path, **options: Any) -> Artifac
             not express.
     """
     config, values = _read_config(config_path)
-    state = _read_checkpoint(ckpt_path, **options)
-    translators, model_end = _name_alike(state, config, values, ckpt_path)
-    _check(translators, config, ckpt_path)
-    return Artifact(config, translators, model_end)
+    if d_model not in (None, config.d_model):
+        raise ValueError(f"config: a lens of d_model {config.d_model} for a model of d_model {d_model} ({config_path})")
+    if layers not in (None, config.num_hidden_layers):
+        raise ValueError(f"config: a lens of {config.num_hidden_layers} layers for a model of {layers} ({config_path})")
+    with open_checkpoint(ckpt_path) as state:
+        stored, model_end, first = _name_alike(_state_dict(state, ckpt_path), config, values, ckpt_path)
+        _check_shapes(stored, config, ckpt_path, first)
+        translators = {name: _read(name, tensor, ckpt_path) for name, tensor in stored.items()}
+        differing = [] if unembed is None else _differing(model_end, unembed)
+    if first == 1:
+        kinds = ("weight", "bias") if config.bias else ("weight",)
+        zeros = {f"0.{kind}": torch.zeros_like(translators[f"1.{kind}"]) for kind in kinds}
+        translators = zeros | translators
+    return Artifact(config, translators, differing)
 
 
 def read_config(path: Path) -> TunedLensConfig:
@@ -157,11 +181,29 @@ def read_config(path: Path) -> TunedLensConfig:
     return _read_config(path)[0]
 
 
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds, which is small as a config is.
+
+    Raises:
+        ValueError: it is none, or has more bytes than :data:`MOST_CONFIG`.
+    """
+    with path.open("rb") as file:
+        text = file.read(MOST_CONFIG + 1)
+    if len(text) > MOST_CONFIG:
+        raise ValueError(f"{path} has more than {MOST_CONFIG:,} bytes, too many for a config")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is no JSON that can be read: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {shortened(error, 100)}") from error
+
+
 def _read_config(path: Path) -> tuple[TunedLensConfig, dict[str, Any]]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"lens config: {path} is no JSON: {error}") from error
+        values = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"lens config: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"lens config: {path} holds a {type(values).__name__}, wanted an object")
     try:
@@ -176,7 +218,9 @@ def _from_old(values: dict[str, Any]) -> dict[str, Any]:
         value = values.get(key, key == "reuse_unembedding")
         # Of these, only this one is on when the lens is plain.
         if (value is not True) if key == "reuse_unembedding" else value:
-            raise ValueError(f"lens config: {key} is {value!r}, so {meaning}; only lenses h + (W h + b) can be loaded")
+            raise ValueError(
+                f"lens config: {key} is {quoted(value)}, so {meaning}; only lenses h + (W h + b) can be loaded"
+            )
     model = values.get("model_config")
     name = values.get("model_name") or (model.get("_name_or_path") if isinstance(model, dict) else None)
     return {
@@ -186,41 +230,23 @@ def _from_old(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_checkpoint(path: Path, **options: Any) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, **{"map_location": "cpu", **options, "weights_only": True})
-    except Exception as error:
-        lines = str(error).splitlines()
-        refused = [line.strip() for line in lines if "unsupported global" in line.lower()]
-        if refused:
-            problem = f"it holds other objects than tensors, which could run code ({refused[0]})"
-        elif isinstance(error, UnpicklingError) or not lines:
-            # PyTorch's text advises to load it unsafely.
-            problem = "it is truncated, or no checkpoint"
-        else:
-            problem = f"{lines[0]}; if that says nothing, it is truncated, or no checkpoint"
-        raise ValueError(f"checkpoint: cannot read {path}: {problem}") from error
+def _state_dict(state: Any, path: Path) -> dict[str, StoredTensor]:
     if isinstance(state, dict) and isinstance(state.get("lens"), dict):
         # A training snapshot, which also holds the optimizer and the like.
         state = state["lens"]
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+        isinstance(name, str) and isinstance(value, StoredTensor) for name, value in state.items()
     ):
         raise ValueError(f"checkpoint: {path} is no state dict, wanted tensors by name")
-    return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _name_alike(
-    state: dict[str, Tensor], config: TunedLensConfig, values: dict[str, Any], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The translators by today's names, and what ``state`` holds of the model."""
-    translators: dict[str, Tensor] = {}
-    model_end: dict[str, Tensor] = {}
+    state: dict[str, StoredTensor], config: TunedLensConfig, values: dict[str, Any], path: Path
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor], int]:
+    """The translators by today's names, what ``state`` holds of the model, and the first layer with a translator."""
+    translators: dict[str, StoredTensor] = {}
+    model_end: dict[str, StoredTensor] = {}
     old = "num_layers" in values and "num_hidden_layers" not in values
     # Beside unembed.*, which came with 0.1.0, layer_translators.i is layer i's.
     shifted = any(map(_INPUT.fullmatch, state)) or (old and not any(name.startswith("unembed.") for name in state))
@@ -228,7 +254,7 @@ def _name_alike(
         for pattern, key in _REFUSED_ENTRIES.items():
             if re.match(pattern, name):
                 raise ValueError(
-                    f"checkpoint: {path} holds {name}, a sign of {key}: {_REFUSED_OPTIONS[key]}; "
+                    f"checkpoint: {path} holds {quoted(name)}, a sign of {key}: {_REFUSED_OPTIONS[key]}; "
                     "only lenses h + (W h + b) can be loaded"
                 )
         end = next((end for end in _MODEL_END if name.startswith(end)), None)
@@ -239,48 +265,67 @@ def _name_alike(
         elif end is not None:
             kept, todays = model_end, _MODEL_END[end] + name.removeprefix(end)
         else:
-            raise ValueError(f"checkpoint: {path} holds an unknown entry {name}")
+            raise ValueError(f"checkpoint: {path} holds an unknown entry {quoted(name)}")
         if todays in kept:
-            raise ValueError(f"checkpoint: {path} holds two entries for {todays}, one of them {name}")
+            raise ValueError(f"checkpoint: {path} holds two entries for {quoted(todays)}, one of them {quoted(name)}")
         kept[todays] = tensor
     last = config.num_hidden_layers
     if shifted and f"{last}.weight" in translators and values.get("include_final", True):
-        warnings.warn("include_final: the lens's translator of the model's own output is left out", stacklevel=4)
+        warnings.warn("include_final: the lens's translator of the model's own output is left out", stacklevel=5)
         translators = {name: t for name, t in translators.items() if not name.startswith(f"{last}.")}
-    if shifted and "0.weight" not in translators and values.get("include_input") is False:
-        warnings.warn("include_input: the lens has no translator of layer 0, which is read as it is", stacklevel=4)
-        for kind in ("weight", "bias"):
-            if f"1.{kind}" in translators:
-                translators[f"0.{kind}"] = torch.zeros_like(translators[f"1.{kind}"])
-    return translators, model_end
+    starts_at_1 = "0.weight" not in translators and "1.weight" in translators
+    if not (shifted and starts_at_1 and values.get("include_input") is False):
+        return translators, model_end, 0
+    warnings.warn("include_input: the lens has no translator of layer 0, which is read as it is", stacklevel=5)
+    return translators, model_end, 1
 
 
-def _check(translators: dict[str, Tensor], config: TunedLensConfig, path: Path) -> None:
+def _check_shapes(translators: dict[str, StoredTensor], config: TunedLensConfig, path: Path, first: int) -> None:
     layers, d_model = config.num_hidden_layers, config.d_model
-    kinds = {"weight": [d_model, d_model], **({"bias": [d_model]} if config.bias else {})}
+    kinds = {"weight": (d_model, d_model), **({"bias": (d_model,)} if config.bias else {})}
     # As many names as there are tensors, however many layers the config claims.
-    wanted = [f"{i}.{kind}" for i in range(min(layers, len(translators) + 1)) for kind in kinds]
+    wanted = [f"{i}.{kind}" for i in range(first, min(layers, first + len(translators) + 1)) for kind in kinds]
     missing = [name for name in wanted if name not in translators]
     unknown = sorted(translators.keys() - set(wanted))
     if missing or unknown:
         raise ValueError(
             f"checkpoint: {path} does not fit its config ({layers} layers, bias {config.bias}): "
-            f"it lacks {_some(missing)} and has unknown {_some(unknown)}"
+            f"it lacks {listed(missing)} and has unknown {listed(unknown)}"
         )
     for name, tensor in translators.items():
-        dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
-        if not dense or not tensor.is_floating_point():
-            raise ValueError(f"checkpoint: {path}: {name} is {tensor.dtype}, {tensor.layout}; wanted floating, dense")
         shape = kinds[name.rpartition(".")[2]]
-        if [*tensor.shape] != shape:
-            raise ValueError(f"checkpoint: {path}: {name} has shape {[*tensor.shape]}, wanted {shape}")
-        # A tensor may repeat a few numbers, and be larger than any memory.
-        if tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"checkpoint: {path}: {name} holds fewer numbers than its shape {shape}")
-        # 8-bit floats have no isfinite.
-        if not (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all():
-            raise ValueError(f"checkpoint: {path}: {name} holds NaN or infinity")
+        if tensor.shape != shape:
+            raise ValueError(f"checkpoint: {path}: {name} has shape {quoted([*tensor.shape])}, wanted {[*shape]}")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "nothing"
+def _read(name: str, stored: StoredTensor, path: Path) -> Tensor:
+    try:
+        tensor = stored.read()
+    except ValueError as error:
+        raise ValueError(f"{error} (in {name})") from error
+    if not tensor.is_floating_point():
+        raise ValueError(f"checkpoint: {path}: {name} is {tensor.dtype}, wanted a floating dtype")
+    # 8-bit floats have no isfinite.
+    if not (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all():
+        raise ValueError(f"checkpoint: {path}: {name} holds NaN or infinity")
+    return tensor
+
+
+def _differing(stored: dict[str, StoredTensor], unembed: nn.Module) -> list[str]:
+    """Parts of the model's end that ``stored`` has otherwise than ``unembed``, as far as the two compare."""
+    found = []
+    for name, tensor in stored.items():
+        part, _, leaf = name.rpartition(".")
+        ours = getattr(getattr(unembed, part, None), leaf, None)
+        if not isinstance(ours, Tensor) or not ours.is_floating_point() or ours.is_meta:
+            continue
+        if tensor.shape != ours.shape:
+            found.append(part)
+            continue
+        # A thousand rows tell models apart, and the head of a large one has a hundred times as many.
+        step = max(1, len(ours) // 1000)
+        a, b = tensor.read()[::step].float(), ours[::step].detach().float().cpu()
+        # Stored in fp32 for a model in bf16, say: a rounding apart.
+        if not (a - b).norm() <= 2**-7 * a.norm():
+            found.append(part)
+    return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
@@ -24,33 +23,41 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+import tuned_lens_fast
 from tuned_lens_fast import progress
 from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.data.dataset import decode_documents
 from tuned_lens_fast.data.jsonl import Document, read_jsonl
 from tuned_lens_fast.data.parts import MANIFEST, check_run
+from tuned_lens_fast.data.table import table_of
+from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES, engines
 from tuned_lens_fast.engines.statistics import STATISTICS
-from tuned_lens_fast.load_artifacts import load_lens_artifacts
+from tuned_lens_fast.load_artifacts import is_model_config, load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
+from tuned_lens_fast.messages import json_text, listed, quoted, shortened
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 from tuned_lens_fast.plotting import heatmap_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.streaming import check_length
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
+if TYPE_CHECKING:
+    import pyarrow
+
 #: What each kind of result file needs that the package itself does not.
-_OUT_NEEDS = {".safetensors": (), ".csv": ("pandas",), ".parquet": ("pandas", "pyarrow")}
+_OUT_NEEDS = {".safetensors": (), ".csv": ("pyarrow",), ".parquet": ("pyarrow",)}
 #: Ends of names that are meant for a file, of a kind that is not written.
 _NO_FOLDER = {".json", ".jsonl", ".txt", ".tsv", ".xlsx", ".feather", ".arrow", ".npz", ".npy", ".pt", ".pkl", ".html"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -73,19 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"tuned-lens-fast: error: {message}", file=sys.stderr)
+        print(f"tuned-lens-fast: error: {shortened(error, 1000) or type(error).__name__}", file=sys.stderr)
         return 1
     return code or 0
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"tuned-lens-fast: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"tuned-lens-fast: error: {shortened(message)} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="tuned-lens-fast", description="What a language model believes at every layer.")
+    parser.add_argument("--version", action="version", version=f"tuned-lens-fast {tuned_lens_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     decode = commands.add_parser("decode", help="read texts at every layer of a model")
@@ -123,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="PATH",
-        help=f"write all statistics: a file ({', '.join(_OUT_NEEDS)}), else a folder of Parquet that can be resumed",
+        help=f"write all statistics: a file ({', '.join(_OUT_NEEDS)}), else a folder of Parquet that can be resumed; "
+        "the columns are the same, in .csv an entry of a list is a column and text is written as JSON",
     )
     decode.add_argument("--html", type=Path, metavar="FILE", help="write a heatmap as one page that works offline")
     decode.add_argument("--json", action="store_true", help="print JSON in place of the table")
@@ -142,6 +150,11 @@ def _parser() -> argparse.ArgumentParser:
             choices=["auto", "float32", "bfloat16", "float16"],
             default="auto",
             help="of the model's weights (default: as they are stored; float32 for GGUF)",
+        )
+        command.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
         )
         command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
 
@@ -163,6 +176,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             args.text = rest.pop(0)
         if sum(source is not None for source in (args.text, args.file, args.jsonl)) != 1:
             parser.error("decode: wanted one of TEXT, -, --file FILE or --jsonl FILE")
+        for name, text in (("TEXT", args.text), *(("--watch", token) for token in args.watch or ())):
+            # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
+            if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+                parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
         if args.jsonl is not None and not _is_folder(args.out):
             parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
         if args.jsonl is None and (args.text_column or args.id_column):
@@ -177,8 +194,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number from 1")
+    # As many digits as 64 bits have.
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a whole number from 1")
     return int(text)
 
 
@@ -186,19 +204,20 @@ def _layers(text: str) -> list[int]:
     """ "0,5,10-20" as sorted numbers."""
     numbers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        # No model has 10,000 layers, and a range may not be any number of them.
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if low > high:
-            raise argparse.ArgumentTypeError(f'got {text!r}, wanted layers such as "0,5,10-20"')
+            raise argparse.ArgumentTypeError(f'got {quoted(text)}, wanted layers such as "0,5,10-20"')
         numbers.update(range(low, high + 1))
     return sorted(numbers)
 
 
 def _bytes(text: str) -> int:
     """ "256MiB" as a number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
     if not match or match[2] not in _UNITS:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a size such as 256MiB or 1GB")
+        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a size such as 256MiB or 1GB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -207,7 +226,7 @@ def _stats(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in STATISTICS:
-            raise argparse.ArgumentTypeError(f"got {name!r}, wanted names out of {', '.join(STATISTICS)}")
+            raise argparse.ArgumentTypeError(f"got {quoted(name)}, wanted names out of {', '.join(STATISTICS)}")
     return names
 
 
@@ -229,20 +248,30 @@ def _decode(args: argparse.Namespace) -> None:
     else:
         documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
     _check_outputs(args)
+    _check_folder(args.model)
+    if args.lens is not None:
+        load_lens_artifacts(args.lens)
     meter = ProgressBar(show, disable=args.quiet)
     stats = None
     with meter.shown(), _plan_shown(show, args.verbose):
+        meter.say("reading the text")
+        tokenizer = _load_tokenizer(args)
+        ids = _tokenize(tokenizer, documents, args.jsonl)
+        watch = args.watch and [_token_id(tokenizer, text) for text in args.watch]
         meter.say("loading the model")
         model = _load_model(args)
-        tokenizer = _load_tokenizer(args)
+        longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+        try:
+            check_length(model, len(ids[longest]))
+        except ValueError as error:
+            place = _place(args.jsonl, documents[longest])
+            raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
         lens = _load_lens(model, args.lens)
-        meter.say("reading the text")
-        ids = _tokenize(tokenizer, documents, model, args.jsonl)
         question: dict[str, Any] = {
             "layers": args.layers,
             "top_k": args.top_k,
             "stats": args.stats,
-            "watch": args.watch and [_token_id(tokenizer, text) for text in args.watch],
+            "watch": watch,
             "chunk": args.chunk,
             "engine": args.engine,
             "memory_budget": args.memory_budget,
@@ -255,12 +284,16 @@ def _decode(args: argparse.Namespace) -> None:
                 decode_documents(model, lens, ids, out=args.out, ids=names, tokenizer=tokenizer, **question)
             else:
                 progress.expect(layers * len(ids[0]))
-                stats = cast(LensStats, decode_model(model, lens, ids[0].to(model.device), **question)).to("cpu")
+                batch = cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+                stats = batch[:, 0]
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
         if stats is not None and args.out is not None:
-            _write_out(args.out, stats, tokenizer, ids[0])
+            if args.out.suffix.lower() == ".safetensors":
+                stats.save(args.out)
+            else:
+                write_table(args.out, _table(batch, tokenizer, ids[0]))
         if stats is not None and args.html is not None:
             page = heatmap_page(stats, tokenizer, ids[0], title=_title(args))
             with atomic_write(args.html) as aside:
@@ -348,14 +381,13 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {name!r}: {error}") from error
+        raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
     return device
 
 
 def _load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
-    _check_folder(args.model)
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
     device = _device(args.device)
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
@@ -365,6 +397,7 @@ def _load_model(args: argparse.Namespace) -> Any:
             args.model,
             gguf_file=args.gguf_file,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            trust_remote_code=args.trust_remote_code,
         )
     model.to(device)
     for parameter in model.parameters():
@@ -381,17 +414,21 @@ def _load_lens(model: Any, name: str | None) -> Lens:
 
 
 def _load_tokenizer(args: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
+    trust = args.trust_remote_code
     with _model_errors(args.model):
-        return AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file)
+        if args.gguf_file is None:
+            # A tokenizer makes do without a config whose code may not run, and then says something else.
+            AutoConfig.from_pretrained(args.model, trust_remote_code=trust)
+        return AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file, trust_remote_code=trust)
 
 
 def _check_folder(name: str) -> None:
     """Refuse what can only be meant as a folder and is none, rather than wait for the hub."""
     is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise FileNotFoundError(f"model: there is no folder {name!r}")
+    if is_path and not os.path.isdir(name):
+        raise FileNotFoundError(f"model: there is no folder {quoted(name, 150)}")
 
 
 @contextmanager
@@ -399,24 +436,27 @@ def _model_errors(name: str) -> Iterator[None]:
     """Name the model in what goes wrong while it is loaded."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ValueError(f"model: cannot load {name!r}: {error}") from error
+    except Exception as error:
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"model: {quoted(name, 150)} brings Python code of its own, which can do all that you can and is not "
+                f"run unasked; read it first, then pass --trust-remote-code"
+            ) from error
+        raise ValueError(f"model: cannot load {quoted(name, 150)}: {shortened(error)}") from error
 
 
-def _tokenize(tokenizer: Any, documents: Sequence[Document], model: Any, jsonl: Path | None) -> list[Tensor]:
+def _tokenize(tokenizer: Any, documents: Sequence[Document], jsonl: Path | None) -> list[Tensor]:
     """Token ids ``[positions]`` of every text, with the special tokens that the model expects."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = []
-    for document, ids in zip(
-        documents, tokenizer([document.text for document in documents], verbose=False)["input_ids"], strict=True
-    ):
-        where = "text" if jsonl is None else f"jsonl: {jsonl}, line {document.line}"
+    found = tokenizer([document.text for document in documents], verbose=False)["input_ids"]
+    for document, ids in zip(documents, found, strict=True):
         if not len(ids):
-            raise ValueError(f"{where}: it has no tokens, so there is nothing to decode")
-        if most is not None and len(ids) > most:
-            raise ValueError(f"{where}: it has {len(ids)} tokens, more than the {most} that the model can read")
-        found.append(torch.tensor(ids))
-    return found
+            raise ValueError(f"{_place(jsonl, document)}: it has no tokens, so there is nothing to decode")
+    return [torch.tensor(ids) for ids in found]
+
+
+def _place(jsonl: Path | None, document: Document) -> str:
+    """Where a text comes from, as errors name it."""
+    return "text" if jsonl is None else f"jsonl: {jsonl}, line {document.line}"
 
 
 def _token_id(tokenizer: Any, text: str) -> int:
@@ -427,23 +467,17 @@ def _token_id(tokenizer: Any, text: str) -> int:
     known = tokenizer.get_vocab()
     if text in known:
         return known[text]
-    parts = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(ids)))
-    raise ValueError(f"watch: {text!r} is {len(ids)} tokens ({parts}), wanted one")
+    parts = listed(tokenizer.convert_ids_to_tokens(ids))
+    raise ValueError(f"watch: {quoted(text)} is {len(ids)} tokens ({parts}), wanted one")
 
 
-def _write_out(path: Path, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> None:
-    if path.suffix.lower() == ".safetensors":
-        stats.save(path)
-        return
-    frame = stats.to_pandas(tokenizer)
-    read = input_ids[torch.from_numpy(frame["position"].to_numpy(copy=True))]
-    frame.insert(2, "token_id", read.numpy())
-    frame.insert(3, "token", tokenizer.convert_ids_to_tokens(read.tolist()))
-    with atomic_write(path) as aside:
-        if path.suffix.lower() == ".csv":
-            frame.to_csv(aside, index=False)
-        else:
-            frame.to_parquet(aside, index=False)
+def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table:
+    """What the folder of one text holds."""
+    import pyarrow
+
+    ids = input_ids[None]
+    positions = torch.arange(ids.shape[1])[None]
+    return table_of(batch, pyarrow.array([0]), positions, ids, torch.ones_like(ids, dtype=torch.bool), tokenizer)
 
 
 def _title(args: argparse.Namespace) -> str:
@@ -475,8 +509,7 @@ def _plain(value: Any) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, ensure_ascii=False)
-    sys.stdout.write("\n")
+    sys.stdout.write(json_text(value) + "\n")
     sys.stdout.flush()
 
 
@@ -489,27 +522,21 @@ def _info(args: argparse.Namespace) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, "none" if value is None else f"{value:,}" if type(value) is int else str(value))
+        table.add_row(name, "none" if value is None else f"{value:,}" if type(value) is int else shortened(value, 1000))
     for name, state in engines().items():
         table.add_row(f"engine {name}", state)
     Console(highlight=False, markup=False).print(table)
 
 
 def _is_lens(name: str) -> bool:
-    """Whether ``name`` is the folder of a saved lens: a model's config names its type, a lens's does not."""
+    """Whether ``name`` is the folder of a saved lens."""
     config = Path(name) / "config.json"
-    if not config.is_file():
-        return False
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config} is no JSON: {error}") from error
-    return not (isinstance(values, dict) and "model_type" in values)
+    return os.path.isfile(config) and not is_model_config(config)
 
 
 def _lens_facts(name: str) -> dict[str, Any]:
-    config_path, checkpoint = load_lens_artifacts(name)
-    config = read_config(config_path)
+    config = read_config(Path(name) / "config.json")
+    _, checkpoint = load_lens_artifacts(name)
     return {
         "kind": "tuned lens",
         "model": config.base_model_name_or_path,
@@ -523,6 +550,7 @@ def _lens_facts(name: str) -> dict[str, Any]:
 
 
 def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
+    _check_folder(args.model)
     model = _load_model(args)
     unembed = LogitLens.from_model(model).unembed
     norm, head = unembed.norm, unembed.head
@@ -576,4 +604,4 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     if Path(filename).is_relative_to(Path(__file__).parent):
-        print(f"tuned-lens-fast: warning: {message}", file=sys.stderr)
+        print(f"tuned-lens-fast: warning: {shortened(message, 1000)}", file=sys.stderr)

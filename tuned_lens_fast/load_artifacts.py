@@ -5,22 +5,14 @@ Only finds them; :mod:`tuned_lens_fast.artifacts` reads them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.utils import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from tuned_lens_fast.artifacts import MOST_CONFIG, read_json
+from tuned_lens_fast.messages import quoted, shortened
 
 #: Tried in this order where the caller names no other checkpoint.
 _CHECKPOINTS = ("params.pt", "params.safetensors")
@@ -89,23 +81,38 @@ def load_lens_artifacts(
         raise ValueError("resource_id: it is empty, so no lens can be found by it; pass a folder or a lens's name")
     checkpoints = _CHECKPOINTS if ckpt_file == _CHECKPOINTS[0] else (ckpt_file,)
     folder = Path(resource_id)
-    here = {checkpoint: folder / checkpoint for checkpoint in checkpoints if (folder / checkpoint).is_file()}
+    here = {checkpoint: folder / checkpoint for checkpoint in checkpoints if os.path.isfile(folder / checkpoint)}
     config = folder / config_file
-    if here and config.is_file():
+    # Unlike Path's, these say no for a name that is too long or no name of a file at all.
+    is_config = os.path.isfile(config)
+    if here and is_config:
         return config, next(iter(here.values()))
 
-    lacking = " and ".join([config_file] * (not config.is_file()) + [" or ".join(checkpoints)] * (not here))
-    problem = f"{folder} lacks {lacking}" if folder.is_dir() else f"there is no folder {folder}"
+    lacking = " and ".join([config_file] * (not is_config) + [" or ".join(checkpoints)] * (not here))
+    problem = f"{shortened(folder, 200)} {f'lacks {lacking}' if os.path.isdir(folder) else 'is no folder'}"
     name = _name_on_hub(resource_id)
     # A folder of the model, which may be named as the model on the hub, says nothing about its lens.
-    if here or (config.is_file() and not _is_model_config(config)) or name is None:
-        raise FileNotFoundError(f"resource_id: no lens at {os.fspath(resource_id)!r}: {problem}")
+    if here or (is_config and not is_model_config(config)) or name is None:
+        raise FileNotFoundError(f"resource_id: no lens at {quoted(os.fspath(resource_id), 150)}: {problem}")
 
     repo_id = repo_id or os.environ.get("TUNED_LENS_REPO_ID") or "AlignmentResearch/tuned-lens"
     repo_type = repo_type or os.environ.get("TUNED_LENS_REPO_TYPE") or "space"
     lens_folder = f"{subfolder}/{name}".lstrip("/")
-    place = f"{lens_folder} in the hub's {repo_type} {repo_id} (revision {revision})"
-    sought = f"no lens {name!r}: {problem}, and {place}"
+    place = (
+        f"{shortened(lens_folder, 100)} in the hub's {repo_type} {quoted(repo_id, 150)} (revision {quoted(revision)})"
+    )
+    sought = f"no lens {quoted(name, 150)}: {problem}, and {place}"
+
+    # A lens in a folder does without the hub's client, which takes a while to import.
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     def download(filename: str) -> Path:
         return Path(
@@ -127,22 +134,23 @@ def load_lens_artifacts(
         return config, download(checkpoints[-1])
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f"resource_id: {sought} is not in the cache and cannot be fetched: {error}. "
+            f"resource_id: {sought} is not in the cache and cannot be fetched: {shortened(error)}. "
             f"Check the network and HF_HUB_OFFLINE, {_GO_OFFLINE}"
         ) from error
     except GatedRepoError as error:
         raise PermissionError(
-            f"resource_id: {sought} is gated: {error}. Accept its terms on the hub's page of {repo_id}, then {_LOG_IN}"
+            f"resource_id: {sought} is gated: {shortened(error)}. Accept its terms on the hub's page of "
+            f"{quoted(repo_id, 150)}, then {_LOG_IN}"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"resource_id: {sought} does not exist, or is private: {error}. If it is private, {_LOG_IN}"
+            f"resource_id: {sought} does not exist, or is private: {shortened(error)}. If it is private, {_LOG_IN}"
         ) from error
     except (EntryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise FileNotFoundError(f"resource_id: {sought} does not exist: {error}") from error
+        raise FileNotFoundError(f"resource_id: {sought} does not exist: {shortened(error)}") from error
     except OSError as error:
         raise ConnectionError(
-            f"resource_id: {sought} cannot be fetched: {error}. "
+            f"resource_id: {sought} cannot be fetched: {shortened(error)}. "
             f"Check the network and HF_ENDPOINT, {_LOG_IN} if the hub refuses you, {_GO_OFFLINE}"
         ) from error
 
@@ -177,7 +185,11 @@ def push_lens_artifacts(
     """
     name = _name_on_hub(resource_id)
     if name is None:
-        raise ValueError(f"resource_id: {resource_id!r} is a path; pass the name the lens shall have on the hub")
+        raise ValueError(
+            f"resource_id: {quoted(resource_id, 150)} is a path; pass the name the lens shall have on the hub"
+        )
+    from huggingface_hub import HfApi
+
     api = HfApi(token=token)
     api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
     commit = api.upload_folder(
@@ -195,15 +207,18 @@ def _name_on_hub(resource_id: str | os.PathLike[str]) -> str | None:
     path = Path(resource_id)
     # Where the hub's cache keeps a model, which is the name of a model that was loaded from there.
     cached = re.search(r"(?:^|/)models--([^/]+)/snapshots/", f"{path.as_posix()}/")
-    if not cached and (path.is_absolute() or os.fspath(resource_id).startswith((".", "~"))):
+    is_path = path.is_absolute() or os.fspath(resource_id).startswith((".", "~"))
+    # No folder has a longer name, and no address of the hub could hold it.
+    if not cached and (is_path or len(os.fspath(resource_id)) > 255):
         return None
     name = cached[1].replace("--", "/") if cached else path.as_posix()
     return ALIASES.get(name, name)
 
 
-def _is_model_config(path: Path) -> bool:
-    """A model's config names its type, a lens's does not."""
+def is_model_config(path: Path) -> bool:
+    """Whether a file is the config of a model, which names its type or its code; a lens's does neither."""
     try:
-        return "model_type" in json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, TypeError):
-        return False
+        values = read_json(path)
+    except ValueError:
+        return path.stat().st_size > MOST_CONFIG
+    return isinstance(values, dict) and not {"model_type", "auto_map"}.isdisjoint(values)

@@ -11,11 +11,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.checkpoint import open_safetensors
+from tuned_lens_fast.messages import listed, quoted, shortened
 
 if TYPE_CHECKING:
     import pandas
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _FORMAT = "tuned_lens_fast.LensStats 1"
 #: Fields with one number more dimension than layers x positions: k top tokens, or the watched ones.
 _LISTS = ("top_ids", "top_log_probs", "watch_log_probs")
+_INTEGERS = ("layers", "targets", "rank", "top_ids")
 #: Layers shown at each end by ``repr``.
 _SHOWN = 6
 
@@ -100,20 +103,46 @@ class LensStats:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is cut short or not one of ours.
+            ValueError: the file is cut short or not one of ours, or its tensors are not those of one decode.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"path: {path} is not a complete safetensors file ({error})") from error
         names = {field.name for field in fields(cls)}
-        if metadata.get("format") != _FORMAT or not {"lse", "layers"} <= tensors.keys() <= names:
-            raise ValueError(
-                f"path: {path} holds {metadata.get('format')!r} with {sorted(tensors)}, wanted {_FORMAT!r}"
-            )
-        return cls(**tensors)
+        try:
+            with open_safetensors(path) as file:
+                found, there = (file.metadata() or {}).get("format"), set(file.keys())
+                # Of another file not a byte is read.
+                ours = found == _FORMAT and {"lse", "layers"} <= there <= names
+                tensors = {name: file.get_tensor(name) for name in there} if ours else {}
+        except SafetensorError as error:
+            raise ValueError(f"path: {path} is not a complete safetensors file ({shortened(error)})") from error
+        if not ours:
+            raise ValueError(f"path: {path} holds {quoted(found)} with {listed(sorted(there))}, wanted {_FORMAT!r}")
+        stats = cls(**tensors)
+        problem = stats._mismatch()
+        if problem is not None:
+            raise ValueError(f"path: {path} holds statistics that do not belong together: {problem}")
+        return stats
+
+    def _mismatch(self) -> str | None:
+        """Which field is not of the dtype or shape that the others call for, if one is not."""
+        lead = self.lse.shape
+        by_layer = self.layers.ndim
+        if by_layer > 1 or self.layers.shape != lead[:by_layer]:
+            return f"layers has shape {[*self.layers.shape]}, lse {[*lead]}"
+        k = None if self.top_ids is None else self.top_ids.shape[-1:]
+        for name, value in self.items():
+            dtype = torch.int64 if name in _INTEGERS else torch.float32
+            if value.dtype != dtype:
+                return f"{name} is {value.dtype}, wanted {dtype}"
+            if name in _LISTS:
+                length = k if k is not None and name == "top_log_probs" else value.shape[-1:]
+                wanted: tuple[int, ...] = (*lead, *(length or (0,)))
+            elif name != "layers":
+                wanted = lead[by_layer:] if name == "targets" else lead
+            else:
+                continue
+            if value.shape != wanted:
+                return f"{name} has shape {[*value.shape]}, wanted {[*wanted]}"
+        return None
 
     def to_pandas(self, tokenizer: Any = None) -> pandas.DataFrame:
         """One row for every layer and position.

@@ -194,7 +194,7 @@ def prepare(
     longest = positions if attention_mask is None else int(attention_mask.sum(1).max())
     if longest == 0:
         raise ValueError("attention_mask: it is 0 everywhere, so there are no tokens to run the model on")
-    _check_length(model, longest)
+    check_length(model, longest)
     if attention_mask is not None:
         misread = reads_padding(model, input_ids, attention_mask)
         if misread is not None:
@@ -262,7 +262,7 @@ def _check_lens(model: Any, lens: DecodableLens, blocks: int) -> None:
         raise ValueError(f"lens: it has {len(lens)} layers, the model {blocks}; it belongs to another model")
 
 
-def _check_length(model: Any, longest: int) -> None:
+def check_length(model: Any, longest: int) -> None:
     """That a model which looks its positions up in a table has an entry for each of them."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is None or longest <= most:

@@ -28,6 +28,7 @@ from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
+from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
 from tuned_lens_fast.models.forward_pass import model_inputs
@@ -35,11 +36,11 @@ from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
 from tuned_lens_fast.nn.unembed import Unembed, check_hidden
 
-#: What `TunedLens.from_*_pretrained` takes for the artifact loader, and what for `torch.load`.
+#: What `TunedLens.from_*_pretrained` takes for the artifact loader.
 _ARTIFACT_OPTIONS = frozenset(inspect.signature(load_artifacts.load_lens_artifacts).parameters) - {"resource_id"}
-_LOAD_OPTIONS = frozenset({"map_location", "mmap", "pickle_module", "weights_only"})
-#: Taken since callers of tuned-lens pass them; a lens holds only tensors, so no pickle of it is ever run.
-_IGNORED_OPTIONS = frozenset({"pickle_module", "weights_only"})
+#: Of `torch.load`, taken since callers of tuned-lens pass them: no code of a lens is ever run, only the tensors that it
+#: needs are read, and they end up on the model's device.
+_IGNORED_OPTIONS = frozenset({"map_location", "mmap", "pickle_module", "weights_only"})
 
 
 class Lens(abc.ABC, nn.Module):
@@ -193,9 +194,7 @@ class TunedLens(Lens):
             ValueError: ``config`` is of a model of another width.
         """
         super().__init__(unembed)
-        head = unembed.unembedding.weight
-        # Stand-ins for an Unembed have only what tuned-lens's has.
-        width = getattr(unembed, "hidden_size", head.shape[-1])
+        head, width = unembed.unembedding.weight, _width(unembed)
         if config.d_model != width:
             raise ValueError(f"config: a lens of d_model {config.d_model} for a model of d_model {width}")
         self.config = replace(config, unembed_hash=unembed.unembedding_hash())
@@ -255,11 +254,7 @@ class TunedLens(Lens):
         unembed = Unembed(model, verify=verify)
         if lens_resource_id is None:
             lens_resource_id = name_or_path(model)
-        lens = cls.from_unembed_and_pretrained(unembed, lens_resource_id, **kwargs)
-        layers = len(get_transformer_layers(model)[1])
-        if len(lens) != layers:
-            raise ValueError(f"lens_resource_id: a lens of {len(lens)} layers for a model of {layers}")
-        return lens
+        return cls._pretrained(unembed, lens_resource_id, len(get_transformer_layers(model)[1]), kwargs)
 
     @classmethod
     def from_unembed_and_pretrained(
@@ -270,8 +265,8 @@ class TunedLens(Lens):
         Args:
             unembed: see :class:`Unembed`.
             lens_resource_id: a folder, or a lens on the hub.
-            kwargs: options of :func:`tuned_lens_fast.load_artifacts.load_lens_artifacts` and of
-                ``torch.load``, which by default gets ``map_location="cpu"``, and always ``weights_only=True``.
+            kwargs: options of :func:`tuned_lens_fast.load_artifacts.load_lens_artifacts`. Those of ``torch.load`` are
+                taken, and have no effect: no code of a checkpoint is run, and no more of it is read than the lens.
 
         Warns:
             UserWarning: the lens was made for a model with another unembedding (by its hash, or by the final
@@ -285,28 +280,33 @@ class TunedLens(Lens):
             ValueError: a config or checkpoint that is damaged, is not plain tensors, does not fit, or is of a
                 lens that ``h + (W h + b)`` does not express.
         """
-        unknown = kwargs.keys() - _ARTIFACT_OPTIONS - _LOAD_OPTIONS
+        return cls._pretrained(unembed, lens_resource_id, None, kwargs)
+
+    @classmethod
+    def _pretrained(
+        cls, unembed: Unembed, lens_resource_id: str | os.PathLike[str], layers: int | None, options: dict[str, Any]
+    ) -> TunedLens:
+        unknown = options.keys() - _ARTIFACT_OPTIONS - _IGNORED_OPTIONS
         if unknown:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: unknown option, wanted one of "
-                f"{', '.join(sorted(_ARTIFACT_OPTIONS | _LOAD_OPTIONS))}"
+                f"{', '.join(sorted(_ARTIFACT_OPTIONS | _IGNORED_OPTIONS))}"
             )
         config_path, ckpt_path = load_artifacts.load_lens_artifacts(
-            resource_id=lens_resource_id, **{k: v for k, v in kwargs.items() if k in _ARTIFACT_OPTIONS}
+            resource_id=lens_resource_id, **{k: v for k, v in options.items() if k in _ARTIFACT_OPTIONS}
         )
-        options = {k: v for k, v in kwargs.items() if k in _LOAD_OPTIONS - _IGNORED_OPTIONS}
-        artifact = read_artifact(Path(config_path), Path(ckpt_path), **options)
+        artifact = read_artifact(Path(config_path), Path(ckpt_path), unembed, d_model=_width(unembed), layers=layers)
         config = artifact.config
         lens = cls(unembed, config)
-        others = _differing(artifact.model_end, unembed)
+        others = [*artifact.differing]
         if config.unembed_hash and config.unembed_hash != lens.config.unembed_hash:
             others.append("unembedding")
         if others:
             warnings.warn(
-                f"lens_resource_id: {os.fspath(lens_resource_id)!r} was made for a model "
-                f"({config.base_model_name_or_path}) with another {' and '.join(dict.fromkeys(others))}; "
+                f"lens_resource_id: {quoted(os.fspath(lens_resource_id), 150)} was made for a model "
+                f"({quoted(config.base_model_name_or_path)}) with another {' and '.join(dict.fromkeys(others))}; "
                 "it may decode this one badly",
-                stacklevel=2,
+                stacklevel=3,
             )
             lens.config.unembed_hash = config.unembed_hash
         lens.layer_translators.load_state_dict(artifact.translators)
@@ -421,26 +421,11 @@ class TunedLens(Lens):
         return Translator(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
+def _width(unembed: Unembed) -> int:
+    """d_model; stand-ins for an Unembed have only what tuned-lens's has."""
+    return getattr(unembed, "hidden_size", unembed.unembedding.weight.shape[-1])
+
+
 def _check_layer(argument: str, layer: int, layers: int) -> None:
     if not 0 <= layer < layers:
         raise IndexError(f"{argument}: got layer {layer}, wanted 0 to {layers - 1}")
-
-
-def _differing(stored: dict[str, Tensor], unembed: Unembed) -> list[str]:
-    """Parts of the model's end that ``stored`` has otherwise than ``unembed``, as far as the two compare."""
-    found = []
-    for name, theirs in stored.items():
-        part, _, leaf = name.rpartition(".")
-        ours = getattr(getattr(unembed, part, None), leaf, None)
-        if not isinstance(ours, Tensor) or not ours.is_floating_point() or ours.is_meta:
-            continue
-        if ours.shape != theirs.shape:
-            found.append(part)
-            continue
-        # A thousand rows tell models apart, and the head of a large one has a hundred times as many.
-        step = max(1, len(ours) // 1000)
-        a, b = theirs[::step].float(), ours[::step].detach().float().to(theirs.device)
-        # Stored in fp32 for a model in bf16, say: a rounding apart.
-        if not (a - b).norm() <= 2**-7 * a.norm():
-            found.append(part)
-    return found
