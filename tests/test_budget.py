@@ -1,7 +1,6 @@
 """The memory plan: it keeps to its budget, names the smallest that works, and what runs keeps to the plan."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,10 @@ from tuned_lens_fast.budget import plan
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.statistics import STATISTICS
+from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.streaming import prepare
+
+CPU = torch.device("cpu")
 
 
 def planned(batch, positions, budget, *, layers=3, d_model=32, vocab=101, stats=frozenset(), top_k=0, **options):
@@ -108,22 +110,17 @@ def test_the_smallest_budget_works(llama):
         torch.testing.assert_close(got.js, whole.js, atol=1e-4, rtol=1e-4)
 
 
-def resident(field):
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the resident peak of a call")
+@pytest.mark.skipif(PeakMemory(CPU).growth() is None, reason="only Linux tells the resident peak of a call")
 def test_memory_does_not_grow_with_positions():
     """Of a model whose own cache is bounded: a window of 16. Unchunked, its states would take 48 MB."""
     model = tiny("mistral", hidden_size=128, head_dim=32, sliding_window=16, max_position_embeddings=2**20)
     ids = torch.randint(3, VOCAB, (1, 24_576), generator=torch.Generator().manual_seed(0))
     budget = 4 * 2**20
     chunks = prepare(model, tl.TunedLens.from_model(model), ids, top_k=2, memory_budget=budget)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, peaks = resident("VmRSS"), []
+    memory, peaks = PeakMemory(CPU), []
     for _, _, part in chunks.run():
         assert part.lse.shape[0] == LAYERS + 1
-        peaks.append(resident("VmHWM") - before)
+        peaks.append(memory.growth())
     assert len(peaks) > 10
     assert peaks[-1] < peaks[len(peaks) // 2] + budget
     assert peaks[-1] < 36 * 2**20

@@ -1,5 +1,7 @@
 """What is installed: every package of the tree, the mark that it is typed, the command."""
 
+import ast
+import graphlib
 import json
 import os
 import shutil
@@ -15,17 +17,24 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "tuned_lens_fast", "kernels", "csrc")
 
 
-def copy_sources(tree):
+def copy_sources(tree, links=True):
+    """As a checkout has them; one that makes no symbolic links has a small file in the place of each."""
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=ignored)
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
+    if not links:
+        link = tree / "tuned_lens_fast/kernels"
+        target = os.readlink(link)
+        link.unlink()
+        link.write_text(target)
 
 
-def build(tree, out, **environment):
+def build(tree, out, links=True, **environment):
     """A wheel built from a copy of the sources, without a network."""
-    copy_sources(tree)
+    copy_sources(tree, links)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     return subprocess.run(
         [*command, "--wheel-dir", out, tree], capture_output=True, text=True, env=os.environ | environment
@@ -51,6 +60,16 @@ def test_every_module_is_installed(wheel):
     assert "tuned_lens_fast/kernels/__init__.py" in kernels
     assert package | kernels <= names
     assert "tuned_lens_fast/py.typed" in names
+
+
+def test_a_checkout_without_links_installs_the_kernels_too(tmp_path):
+    tree, out = tmp_path / "tree", tmp_path / "wheel"
+    tree.mkdir()
+    done = build(tree, out, links=False, TUNED_LENS_FAST_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    (path,) = out.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        test_every_module_is_installed(archive)
 
 
 def test_nothing_else_is(wheel):
@@ -119,3 +138,22 @@ def test_the_sources_are_in_a_source_distribution(tmp_path):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{file.name}" for file in (ROOT / "csrc").iterdir()} <= names
+
+
+def test_modules_import_each_other_in_one_direction():
+    """No circle, imports for type checkers and those within functions included."""
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in [*(ROOT / "tuned_lens_fast").rglob("*.py"), *(ROOT / "tuned_lens_fast/kernels").glob("*.py")]
+    }
+    imports = {name: set() for name in modules}
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module in modules:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                imports[name] |= inner & modules.keys() or {node.module}
+            elif isinstance(node, ast.Import):
+                imports[name] |= {alias.name for alias in node.names} & modules.keys()
+        imports[name].discard(name)
+    assert len(modules) > 50
+    graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError

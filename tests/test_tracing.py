@@ -4,7 +4,6 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -17,6 +16,7 @@ from toy_model import ToyModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
+from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.comparison import close
 from tuned_lens_fast.models.tracing import TracedModel
@@ -657,9 +657,9 @@ def test_cost_at_the_size_of_smollm2():
     ids = torch.arange(16)[None]
     growth, took, passes = [], [], []
     for _ in range(3):
-        before = resident_peak(reset=True)
+        memory = PeakMemory(torch.device("cpu"))
         took.append(seconds(lambda: LogitLens.from_model(model)))
-        growth.append(resident_peak() - before)
+        growth.append(memory.growth())
         with torch.no_grad():
             passes.append(seconds(lambda: model(ids)))
     assert min(took) < 20 * min(passes)
@@ -670,11 +670,3 @@ def seconds(call):
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def resident_peak(reset=False):
-    """Bytes. With ``reset`` counted from now on."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -22,8 +22,8 @@ from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Qu
 from tuned_lens_fast.engines.statistics import DIVERGENCES, divergences
 from tuned_lens_fast.engines.tiling import empty_answer, slices
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
 from tuned_lens_fast.models.blocks import linear_head
+from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.validation import (
     check_boundaries,

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-import tuned_lens_fast
 from tuned_lens_fast import budget, progress
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
@@ -208,7 +207,7 @@ def _decode(
         "lens": f"{type(lens).__name__}{f' of {of}' if of else ''}, {identity['lens'][:12]}",
     }
     made_with = {
-        "tuned_lens_fast": tuned_lens_fast.__version__,
+        "tuned_lens_fast": version("tuned-lens-fast"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),

@@ -116,7 +116,7 @@ class NativeEngine(EagerEngine):
         self, matmul: Matmul, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None, width: int
     ) -> State:
         device = x.values.device
-        sums = torch.zeros(x.rows, len(SUMS), device=device)
+        sums = torch.zeros(x.rows, len(SUMS), dtype=torch.float32, device=device)
         sums[:, 0] = -torch.inf
         r = torch.zeros(x.rows, dtype=torch.int64, device=device) if "r" in wanted.running else None
         target = None if targets is None else sums.new_full((x.rows,), -torch.inf)
