@@ -319,7 +319,7 @@ def test_a_tensor_larger_than_its_file(tmp_path, model):
 def test_nothing_is_allocated_for_what_a_config_claims(tmp_path, model, lens, changes):
     write(tmp_path, NOW | changes, numbered(lens))
     with (
-        mock.patch.object(artifacts, "open_checkpoint", side_effect=AssertionError("opens the checkpoint")),
+        mock.patch.object(artifacts, "load_checkpoint", side_effect=AssertionError("opens the checkpoint")),
         pytest.raises(ValueError, match=r"a lens of (d_model )?\d+ (layers )?for a model of .*config\.json"),
     ):
         TunedLens.from_model_and_pretrained(model, tmp_path)
@@ -397,8 +397,6 @@ def test_any_config_is_read_or_refused(start, changes):
         (lambda t: t.to_sparse(), "other objects than dense tensors, .*sparse"),
         (lambda t: t.to("meta"), "other objects than dense tensors, .*meta"),
         (lambda t: torch.nested.as_nested_tensor([t], layout=torch.jagged), "other objects than dense tensors"),
-        (lambda t: torch.zeros(1).expand(t.shape), "holds fewer numbers than its shape"),
-        (lambda t: torch.zeros(*t.shape, 9)[..., 0], "lies strewn over"),
         (lambda t: t[None], r"has shape \[1, "),
         (lambda t: t[1:], r"has shape \[31"),
         (lambda t: t[0], "has shape"),

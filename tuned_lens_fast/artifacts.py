@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuned_lens_fast.checkpoint import StoredTensor, open_checkpoint
+from tuned_lens_fast.checkpoint import load_checkpoint
 from tuned_lens_fast.messages import listed, quoted, shortened
 
 #: Bytes of a lens's config: old ones hold their model's as well, with the names of its labels.
@@ -164,11 +164,11 @@ def read_artifact(
         raise ValueError(f"config: a lens of d_model {config.d_model} for a model of d_model {d_model} ({config_path})")
     if layers not in (None, config.num_hidden_layers):
         raise ValueError(f"config: a lens of {config.num_hidden_layers} layers for a model of {layers} ({config_path})")
-    with open_checkpoint(ckpt_path) as state:
-        stored, model_end, first = _name_alike(_state_dict(state, ckpt_path), config, values, ckpt_path)
-        _check_shapes(stored, config, ckpt_path, first)
-        translators = {name: _read(name, tensor, ckpt_path) for name, tensor in stored.items()}
-        differing = [] if unembed is None else _differing(model_end, unembed)
+    state = _state_dict(load_checkpoint(ckpt_path), ckpt_path)
+    stored, model_end, first = _name_alike(state, config, values, ckpt_path)
+    _check_shapes(stored, config, ckpt_path, first)
+    translators = {name: _read(name, tensor, ckpt_path) for name, tensor in stored.items()}
+    differing = [] if unembed is None else _differing(model_end, unembed)
     if first == 1:
         kinds = ("weight", "bias") if config.bias else ("weight",)
         zeros = {f"0.{kind}": torch.zeros_like(translators[f"1.{kind}"]) for kind in kinds}
@@ -230,23 +230,23 @@ def _from_old(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _state_dict(state: Any, path: Path) -> dict[str, StoredTensor]:
+def _state_dict(state: Any, path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and isinstance(state.get("lens"), dict):
         # A training snapshot, which also holds the optimizer and the like.
         state = state["lens"]
     if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, StoredTensor) for name, value in state.items()
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise ValueError(f"checkpoint: {path} is no state dict, wanted tensors by name")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def _name_alike(
-    state: dict[str, StoredTensor], config: TunedLensConfig, values: dict[str, Any], path: Path
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor], int]:
+    state: dict[str, Tensor], config: TunedLensConfig, values: dict[str, Any], path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """The translators by today's names, what ``state`` holds of the model, and the first layer with a translator."""
-    translators: dict[str, StoredTensor] = {}
-    model_end: dict[str, StoredTensor] = {}
+    translators: dict[str, Tensor] = {}
+    model_end: dict[str, Tensor] = {}
     old = "num_layers" in values and "num_hidden_layers" not in values
     # Beside unembed.*, which came with 0.1.0, layer_translators.i is layer i's.
     shifted = any(map(_INPUT.fullmatch, state)) or (old and not any(name.startswith("unembed.") for name in state))
@@ -280,7 +280,7 @@ def _name_alike(
     return translators, model_end, 1
 
 
-def _check_shapes(translators: dict[str, StoredTensor], config: TunedLensConfig, path: Path, first: int) -> None:
+def _check_shapes(translators: dict[str, Tensor], config: TunedLensConfig, path: Path, first: int) -> None:
     layers, d_model = config.num_hidden_layers, config.d_model
     kinds = {"weight": (d_model, d_model), **({"bias": (d_model,)} if config.bias else {})}
     # As many names as there are tensors, however many layers the config claims.
@@ -298,11 +298,9 @@ def _check_shapes(translators: dict[str, StoredTensor], config: TunedLensConfig,
             raise ValueError(f"checkpoint: {path}: {name} has shape {quoted([*tensor.shape])}, wanted {[*shape]}")
 
 
-def _read(name: str, stored: StoredTensor, path: Path) -> Tensor:
-    try:
-        tensor = stored.read()
-    except ValueError as error:
-        raise ValueError(f"{error} (in {name})") from error
+def _read(name: str, stored: Tensor, path: Path) -> Tensor:
+    """A tensor of its own, no longer one of the file."""
+    tensor = stored.clone(memory_format=torch.contiguous_format)
     if not tensor.is_floating_point():
         raise ValueError(f"checkpoint: {path}: {name} is {tensor.dtype}, wanted a floating dtype")
     # 8-bit floats have no isfinite.
@@ -311,7 +309,7 @@ def _read(name: str, stored: StoredTensor, path: Path) -> Tensor:
     return tensor
 
 
-def _differing(stored: dict[str, StoredTensor], unembed: nn.Module) -> list[str]:
+def _differing(stored: dict[str, Tensor], unembed: nn.Module) -> list[str]:
     """Parts of the model's end that ``stored`` has otherwise than ``unembed``, as far as the two compare."""
     found = []
     for name, tensor in stored.items():
@@ -324,7 +322,7 @@ def _differing(stored: dict[str, StoredTensor], unembed: nn.Module) -> list[str]
             continue
         # A thousand rows tell models apart, and the head of a large one has a hundred times as many.
         step = max(1, len(ours) // 1000)
-        a, b = tensor.read()[::step].float(), ours[::step].detach().float().cpu()
+        a, b = tensor[::step].float(), ours[::step].detach().float().cpu()
         # Stored in fp32 for a model in bf16, say: a rounding apart.
         if not (a - b).norm() <= 2**-7 * a.norm():
             found.append(part)
