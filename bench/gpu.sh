@@ -4,7 +4,7 @@
 #     bash bench/gpu.sh [FOLDER]        # default: bench/results/<device>-<date>
 #
 # The GPU tests, the comparisons of `bench/run.py --suite gpu` (errors, times, memory at real sizes) and a profile of
-# the statistics kernel go into FOLDER, a JSON file each, which bench/report.py renders; overlapped.txt there says
+# the vocabulary pass go into FOLDER, a JSON file each, which bench/report.py renders; overlapped.txt there says
 # whether kernels/overlapped.py works on this GPU, and its time beside the built-in tile's. Needs no network; uses the
 # PyTorch and Triton that python3 finds. Run again with the same FOLDER, it goes on with what is missing.
 set -uo pipefail

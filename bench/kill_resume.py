@@ -100,10 +100,13 @@ def campaign(decode: Callable[[Path], None], folder: Path, kills: int, damages: 
         shutil.rmtree(out)
     for (what, how), count in ended.items():
         print(f"{count:4} {what} -> {how}")
-    allowed = ("same bits", "whole parts only")
-    return sum(
-        n for (what, how), n in ended.items() if how not in allowed and (how, what[:8]) != ("refused", "manifest")
-    )
+    return sum(count for (what, how), count in ended.items() if _is_wrong(what, how))
+
+
+def _is_wrong(what: str, how: str) -> bool:
+    """Whether a damage went unseen, though not one of the lock, which holds nothing; or a run ended otherwise."""
+    unseen = what.endswith("whole for check") and not what.startswith("lock")
+    return unseen or not (how in ("same bits", "whole parts only") or (how, what[:8]) == ("refused", "manifest"))
 
 
 def forked(decode: Callable[[Path], None], out: Path, seconds: float | None = None) -> int:

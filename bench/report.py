@@ -374,7 +374,7 @@ def gpu_checks(result: Result) -> Iterator[str]:
             f"{found['failures'] + found['errors']} failed, {found['skipped']} skipped{broken}.\n"
         )
     if result["profile"]:
-        yield "The statistics kernel under a profiler:\n"
+        yield "The vocabulary pass under a profiler:\n"
         yield from table(["counter", "value"], result["profile"].items())
 
 

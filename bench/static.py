@@ -2,9 +2,9 @@
 
     python bench/static.py [--architecture 90]
 
-The statistics kernels are cross-compiled (no GPU is needed) for several sets of statistics and widths, and their
-machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its
-product is done. Two times are predicted for a tile, both relative to the product alone:
+The kernels of the vocabulary pass are cross-compiled (no GPU is needed) for several sets of statistics and widths, and
+their machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its product
+is done. Two times are predicted for a tile, both relative to the product alone:
 
     serial       product, then epilogue, then the pipeline of loads fills again (not where the loop is flat)
     overlapped   the epilogue runs under another tile's product: the longest of the product, the instruction

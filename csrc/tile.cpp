@@ -14,7 +14,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <optional>
 
@@ -115,7 +114,8 @@ void tile_divergences(
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i % positions;
-      Pair pair{p + at * stride_p, q + i * stride_q, z_q.size(1), n_p[at], n_p[positions + at], n_q[i], n_q[rows + i], {}};
+      Pair pair{p + at * stride_p, q + i * stride_q, z_q.size(1), n_p[at], n_p[positions + at], n_q[i], n_q[rows + i],
+                {}};
       processor().compare(pair, with_js);
       for (int64_t each = 0; each < kDivergences; ++each) totals[each * rows + i] += pair.sums[each];
     }

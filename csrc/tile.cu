@@ -37,12 +37,12 @@ void tile_pass(
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   add_tile<<<static_cast<unsigned>(rows), kThreads, 0, current_stream(z)>>>(
       {z.mutable_data_ptr<float>(), z.stride(0), width, first, read<int64_t>(targets), read<float>(threshold),
-       reinterpret_cast<Running*>(sums.mutable_data_ptr<float>()), written<int64_t>(r), written<float>(target), k ? written<int64_t>(top) : nullptr, static_cast<int>(k), written<float>(rescale)});
+       reinterpret_cast<Running*>(sums.mutable_data_ptr<float>()), written<int64_t>(r), written<float>(target),
+       k ? written<int64_t>(top) : nullptr, static_cast<int>(k), written<float>(rescale)});
   check_launch("tile_pass");
 }
 
-void tile_divergences(
-    Tensor z_p, Tensor z_q, Tensor normaliser_p, Tensor normaliser_q, bool, Tensor sums) {
+void tile_divergences(Tensor z_p, Tensor z_q, Tensor normaliser_p, Tensor normaliser_q, bool, Tensor sums) {
   check_divergences(z_p, z_q, normaliser_p, normaliser_q, sums);
   const int64_t rows = z_q.size(0);
   if (!rows || !z_q.size(1)) return;
@@ -55,7 +55,7 @@ void tile_divergences(
 }
 
 // Whether the library was compiled for the GPU of that number, or can be as it is loaded.
-bool has_gpu_code(int64_t device) {
+bool runs_on_gpu(int64_t device) {
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   cudaFuncAttributes attributes;
   const bool found = cudaFuncGetAttributes(&attributes, add_tile) == cudaSuccess;
@@ -66,10 +66,10 @@ bool has_gpu_code(int64_t device) {
 }  // namespace
 }  // namespace tuned_lens_fast
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) { library.def("has_gpu_code(int device) -> bool"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) { library.def("runs_on_gpu(int device) -> bool"); }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {
-  library.impl("has_gpu_code", TORCH_BOX(&tuned_lens_fast::has_gpu_code));
+  library.impl("runs_on_gpu", TORCH_BOX(&tuned_lens_fast::runs_on_gpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CUDA, library) {

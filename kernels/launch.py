@@ -81,7 +81,7 @@ def vocabulary_tile(
     named = os.environ.get("TUNED_LENS_FAST_TILES")
     entry = entries(named).get(entry_key(device, dtype, d_model, precision, top_k)) if named else None
     tile = entry or built_in_tile(architecture(device), dtype, d_model, precision, top_k)
-    return replace(tile, precision=precision)
+    return replace(tile, precision=precision if dtype == torch.float32 else "ieee")
 
 
 def entry_key(device: torch.device, dtype: torch.dtype, d_model: int, precision: str, top_k: bool) -> str:

@@ -201,15 +201,15 @@ def _overlapped(
     for stage in gl.static_range(STAGES):
         mbarrier.init(filled.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
-    shared = (
-        target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start, stop,
-        R, V, groups, split, slots8, place_mask, bias, scale, softcap,
-        BM, BN, BK, STEPS, STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP,
-    )  # fmt: skip
+    # Written out twice: Gluon puts no tuples together that hold constants and what is not there.
     gl.warp_specialize(
         [
-            (_take_turns, (0,) + shared),  # noqa: RUF005
-            (_take_turns, (1,) + shared),  # noqa: RUF005
+            (_take_turns, (0, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start,
+                           stop, R, V, groups, split, slots8, place_mask, bias, scale, softcap, BM, BN, BK, STEPS,
+                           STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
+            (_take_turns, (1, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start,
+                           stop, R, V, groups, split, slots8, place_mask, bias, scale, softcap, BM, BN, BK, STEPS,
+                           STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
             (_copy, (x, w, x_here, filled, free, x_rows, ring, row, start, stop, BK, STEPS, STAGES, MERGED)),
         ],
         [4, 1],

@@ -51,7 +51,8 @@ def _target_logits(
 
 
 def target_logits(x: Tensor, head: Head, targets: Tensor, tile: Tile) -> Tensor:
-    """fp32 ``[rows]``: the logit of every row's target; NaN in rows with a negative target, MASKED for a bias of -inf.
+    """fp32 ``[rows]``: the logit of every row's target; NaN in rows with a negative target (by which the
+    vocabulary pass knows them), MASKED for a bias of -inf.
 
     Args:
         x: ``[rows, d_model]`` in the head's dtype. targets: int64 ``[rows]``.

@@ -1,6 +1,7 @@
 """The engines for CPUs, eager and native, against float64, over dtypes, shapes, transforms and awkward logits."""
 
 import math
+import weakref
 
 import emulated
 import pytest
@@ -407,16 +408,46 @@ def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(monkeypatch):
     head = Head(torch.cat([head.weight[:600]] * 2))
     query = Query(frozenset({"rank"}), query.targets)
     kind = type(ENGINE.matmul(head))
+    if not kind.shape_dependent:
+        pytest.skip("the same bits whatever is multiplied beside: tests/test_matmuls.py")
     multiply = kind.multiply
 
     def rounding_otherwise(self, x, weight):
         z = multiply(self, x, weight)
-        return z if z.shape[1] >= 200 or not self.shape_dependent else z + 1e-4
+        return z if z.shape[1] >= 200 else z + 1e-4
 
     monkeypatch.setattr(kind, "multiply", rounding_otherwise)
     wide = reference.statistics(reference.logits(torch.stack(hidden), head), targets=query.targets)["rank"]
     found = ENGINE.decode(hidden, Readout([None, None], Norm("identity"), head), query, BUDGET)
     assert torch.equal(found["rank"], wide)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_chunk_is_gone_before_the_next(monkeypatch):
+    """Neither its rows nor its reference is alive while the next is made: the plan counts one of each."""
+    hidden, translators, norm, head, query = inputs(3, 230, 24, 300)
+    made, head_input, passed = [], ENGINE.head_input, ENGINE.vocabulary_pass
+
+    def only_one(*args):
+        assert not any(ref() is not None for ref in made)
+        x = head_input(*args)
+        made.append(weakref.ref(x))
+        return x
+
+    def of_reference(x, *args):
+        if args[1].u:
+            assert not any(ref() is not None for ref in made)
+            made.append(weakref.ref(x))
+            references.append(made.pop())
+            assert sum(ref() is not None for ref in references) == 1
+        return passed(x, *args)
+
+    references = []
+    monkeypatch.setattr(ENGINE, "head_input", only_one)
+    monkeypatch.setattr(ENGINE, "vocabulary_pass", of_reference)
+    ENGINE.decode(hidden, Readout(translators, norm, head), query, BUDGET)
+    assert len(made) > 3
+    assert len(references) > 1
 
 
 def test_a_wrong_tile_fails():

@@ -90,7 +90,8 @@ def test_every_number_of_16_bits_is_widened(dtype):
 
 @pytest.mark.parametrize("weight", [normal(80, 24).t().contiguous().t(), normal(80, 48)[:, ::2]], ids=["t", "strided"])
 def test_weights_whose_rows_are_not_contiguous(weight):
-    found = FmaMatmul(Head(weight), torch.float32)(normal(9, 24), slice(0, 80), 80)
+    matmul = FmaMatmul(Head(weight))
+    found = matmul(matmul.pack(normal(9, 24)), slice(0, 80), 80)
     torch.testing.assert_close(found, normal(9, 24) @ weight.T)
 
 

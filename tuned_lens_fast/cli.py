@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--stats",
         type=_stats,
         metavar="NAMES",
-        help=f"out of {', '.join(STATISTICS)} (default: log_prob,rank,entropy,max_prob,kl)",
+        help=f"out of {', '.join(STATISTICS)} (default: {','.join(s.name for s in STATISTICS.values() if s.default)})",
     )
     decode.add_argument(
         "--watch", action="append", metavar="TOKEN", help="its log-probability everywhere; may be given several times"

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes beyond what was in use before it: the one place that reads it."""
+"""How much memory a piece of work takes beyond what was in use before it: read here for the package and bench."""
 
 from __future__ import annotations
 

@@ -58,8 +58,9 @@ def peak_of(decode):
     return torch.cuda.max_memory_allocated() - before - held
 
 
+@pytest.mark.parametrize("top_k", [0, 10])
 @pytest.mark.parametrize("mebibytes", [24, 64, 256, 1024])
-def test_scratch_stays_within_its_budget(mebibytes, device):
+def test_scratch_stays_within_its_budget(mebibytes, top_k, device):
     """The flags are those of a case in test_decode.py: only the norm and the translator are compiled."""
     asked = problem(
         torch.bfloat16,
@@ -69,7 +70,7 @@ def test_scratch_stays_within_its_budget(mebibytes, device):
         layers=6,
         positions=1_024,
         stats=ONE_PASS | {"kl"},
-        top_k=10,
+        top_k=top_k,
         watch=5,
     )
     translators = [Translator(torch.zeros(576, 576, dtype=torch.bfloat16, device=device)) for _ in asked.hidden]

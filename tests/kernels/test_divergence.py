@@ -38,7 +38,7 @@ def states(x, own, head):
     return found
 
 
-def walked(x, own, head, wanted=DIVERGENCES):
+def divergences_of(x, own, head, wanted=DIVERGENCES):
     tile = launch.vocabulary_tile(x.device, x.dtype, x.shape[1])
     found = divergence.divergence_pass(x, own, head, *states(x, own, head), wanted, tile)
     return {name: value.clamp(min=0).view(LAYERS, -1) for name, value in found.items()}
@@ -53,7 +53,7 @@ def check(got, x, own, head):
 @pytest.mark.parametrize(("positions", "d_model", "vocab"), [(1, 64, 2), (4, 33, 31), (19, 16, 70), (4, 64, 331)])
 def test_walk(positions, d_model, vocab, dtype, device):
     x, own, w = operands(positions, d_model, vocab, dtype, device)
-    got = walked(x, own, Head(w))
+    got = divergences_of(x, own, Head(w))
     check(got, x, own, Head(w))
     assert all((value >= 0).all() for value in got.values())
     assert (got["js"] <= math.log(2) + 1e-6).all()
@@ -70,14 +70,14 @@ def test_walk_with_bias_scale_softcap(bias, options, device):
         b = torch.linspace(-1, 1, 150).to(device, torch.bfloat16)
         b[20:60] = -math.inf
     head = Head(w, b, **options)
-    check(walked(x, own, head), x, own, head)
+    check(divergences_of(x, own, head), x, own, head)
 
 
 @pytest.mark.parametrize("name", sorted(DIVERGENCES))
 def test_each_alone_is_the_same(name, device):
     x, own, w = operands(4, 32, 100, torch.bfloat16, device)
-    together = walked(x, own, Head(w))
-    alone = walked(x, own, Head(w), frozenset({name}))
+    together = divergences_of(x, own, Head(w))
+    alone = divergences_of(x, own, Head(w), frozenset({name}))
     assert alone.keys() == {name}
     assert torch.equal(alone[name], together[name])
 
@@ -86,7 +86,7 @@ def test_each_alone_is_the_same(name, device):
 def test_slices_of_the_vocabulary_add_up(slices, monkeypatch, device):
     x, own, w = operands(4, 32, 150, torch.bfloat16, device)
     monkeypatch.setattr(divergence, "vocabulary_splits", lambda *_: slices)
-    check(walked(x, own, Head(w)), x, own, Head(w))
+    check(divergences_of(x, own, Head(w)), x, own, Head(w))
 
 
 def by_identity(x, own, head):
@@ -110,9 +110,9 @@ def test_identity(positions, d_model, dtype, device):
 def test_a_bad_row_harms_itself_only(bad, of_reference, device):
     """A row of the reference harms its position in every layer, and no other."""
     x, own, w = operands(5, 32, 100, torch.bfloat16, device)
-    clean = walked(x, own, Head(w)) | {"identity": by_identity(x, own, Head(w))}
+    clean = divergences_of(x, own, Head(w)) | {"identity": by_identity(x, own, Head(w))}
     (own if of_reference else x)[3, 4] = bad
-    harmed = walked(x, own, Head(w)) | {"identity": by_identity(x, own, Head(w))}
+    harmed = divergences_of(x, own, Head(w)) | {"identity": by_identity(x, own, Head(w))}
     struck = torch.zeros(LAYERS, 5, dtype=torch.bool, device=device)
     struck[:, 3] = True
     if not of_reference:

@@ -138,7 +138,7 @@ def test_plans(stats, top_k, device):
     cuts = []
     for mebibytes in (32, 64, 256, 1024, 16_384):
         query = Query(stats, top_k=top_k)
-        tiling = plan(32, 8192, 4, False, head, query, tile, mebibytes * 2**20)
+        tiling = plan(32, 8192, 4096, 4, 4, False, head, query, tile, mebibytes * 2**20)
         assert 1 <= tiling.positions <= 8192
         assert 1 <= tiling.layers <= 32
         assert tiling.layers == 1 or tiling.positions == 8192 or mebibytes > 32
@@ -184,7 +184,9 @@ def operands(asked, top_k):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("stats", "top_k", "watch"), [(ONE_PASS | {"kl"}, 2, 3), (frozenset(), 0, 0)])
+@pytest.mark.parametrize(
+    ("stats", "top_k", "watch"), [(ONE_PASS | {"kl"}, 2, 3), (DIVERGENCES, 0, 0), (frozenset(), 0, 0)]
+)
 def test_opcheck(stats, top_k, watch, device):
     asked = problem(BF16, 32, 90, device, positions=3, stats=stats, watch=watch)
     if asked.query.targets is not None:  # a row without a target has a NaN, which opcheck takes for a difference
@@ -205,3 +207,11 @@ def test_compile_without_a_graph_break(backend, device):
         torch.compile(statistics, fullgraph=True, backend=backend)(hidden), statistics(hidden), strict=True
     ):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_each_statistic_has_memory_of_its_own(layers, device):
+    """Three rows: a row of a matrix of sums would begin where no vector load may."""
+    asked = problem(BF16, 32, 90, device, layers=layers, positions=3, stats=ONE_PASS | DIVERGENCES, top_k=2, watch=3)
+    places = [value.untyped_storage().data_ptr() for value in asked.decode(ENGINE).values()]
+    assert len(set(places)) == len(places)

@@ -125,7 +125,9 @@ class Engine(abc.ABC):
         tiling = self.plan(positions, hidden[0].dtype, readout, query, memory_budget)
         for p in slices(positions, tiling.positions):
             part = query.at(p)
-            reference = self._reference(part, readout.head, tiling) if divergences(query) else None
+            reference = None  # before the next one takes its place
+            if divergences(query):
+                reference = self._reference(part, readout.head, tiling)
             for group in slices(layers, tiling.layers):
                 entering = [h[p] for h in hidden[group]]
                 x = self.head_input(entering, readout.translators[group], readout.norm, readout.head, tiling)
@@ -140,6 +142,7 @@ class Engine(abc.ABC):
                     if name not in out:
                         out[name] = value.new_empty(layers, positions, *value.shape[2:])
                     out[name][group, p] = value
+                del x, found, value
         return out
 
     def _reference(self, query: Query, head: Head, tiling: Tiling) -> Reference:
@@ -164,7 +167,7 @@ class Engine(abc.ABC):
             sums = self.divergence_pass(x, state, reference, head, two_passes, tiling) if two_passes else {}
             if reference.u is not None:
                 sums["kl"] = self.kl_by_identity(x, state, reference)
-            found |= {name: total.clamp_(min=0) for name, total in sums.items()}
+            found |= {name: total.clamp(min=0) for name, total in sums.items()}
         if query.watch is not None:
             found["watch_log_probs"] = self._watched(x, head, query.watch, state, tiling)
         if state.unsure is not None:
@@ -177,5 +180,7 @@ class Engine(abc.ABC):
         rows = matmul.pack(x)
         assert state.log_s is not None
         m, log_s = state.m.unsqueeze(1), state.log_s.unsqueeze(1)
-        parts = [matmul(rows, ids, width).sub_(m).sub_(log_s) for ids in watch.split(width)]
-        return torch.cat(parts, 1) if len(parts) != 1 else parts[0]
+        found = m.new_empty(x.shape[0], len(watch))
+        for at in slices(len(watch), width):
+            torch.sub(matmul(rows, watch[at], width).sub_(m), log_s, out=found[:, at])
+        return found

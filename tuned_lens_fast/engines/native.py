@@ -1,9 +1,9 @@
 """The native engine: a product a tile, then one pass over the tile while it is in cache.
 
-The work is tiling and put in order as in the eager engine, which walks memory several times a tile; here csrc/ takes a
-tile's statistics in one pass. On a CPU no tile leaves the cache, so that of many rows the whole costs less than the
-bare product that writes all logits to memory; for processors with AVX2 alone, and with AMX, csrc/ has the product as
-well (matmuls.py). On a GPU the tile is in the engine's scratch.
+It cuts its work as the eager engine does, which walks memory several times a tile; here csrc/ takes a tile's statistics
+in one pass. On a CPU no tile leaves the cache, so that of many rows the whole costs less than the bare product that
+writes all logits to memory; for processors with AVX2 alone, and with AMX, csrc/ has the product as well (matmul.py). On
+a GPU the tile is in the engine's scratch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pa
 
 @functools.cache
 def _cuda_library() -> str | None:
-    return _load("_native_cuda", "nvcc and a CUDA build of PyTorch 2.10 or newer", ["has_gpu_code"])
+    return _load("_native_cuda", "nvcc and a CUDA build of PyTorch 2.10 or newer", ["runs_on_gpu"])
 
 
 @torch.compiler.assume_constant_result
@@ -59,7 +59,7 @@ def missing_on_cuda(index: int | None = None) -> str | None:
         return MISSING or "PyTorch sees no NVIDIA GPU"
     missing = _cuda_library()
     index = torch.cuda.current_device() if index is None else index
-    if missing is None and not torch.ops.tuned_lens_fast.has_gpu_code(index):
+    if missing is None and not torch.ops.tuned_lens_fast.runs_on_gpu(index):
         return f"its library has no code for {torch.cuda.get_device_name(index)}; build it where PyTorch sees that GPU"
     return missing
 

@@ -24,7 +24,7 @@ from tuned_lens_fast.engines.interface import NO_TARGET
 EXP_FLOOR = -1000.0
 #: Tokens a group in the search for a tile's top k. Two levels cost tile / GROUP + k * GROUP keys a row.
 GROUP = 16
-#: The fields of a state that are sums over the vocabulary, in the order of csrc/row.h's ``Running``.
+#: The fp32 fields of a state that engines keep for every row, in the order of csrc/row.h's ``Running``.
 SUMS = ("m", "s", "t")
 #: The key that stands for "no token".
 NO_KEY = torch.iinfo(torch.int64).min
@@ -85,7 +85,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class State:
-    """What is known of every row after some part of the vocabulary; None where it was not asked for.
+    """What is known of every row after some part of the vocabulary; what was not asked for may be None.
 
     A row with a NaN or +inf among its logits has a NaN ``s``. Once ``closed``, so has one without any finite logit;
     ``target`` is NaN where a row has no target, ``r`` is -1 and all of ``top`` NO_KEY where nothing is known.

@@ -76,7 +76,10 @@ class TritonEngine(Engine):
         residual += 12 * (norm.kind == "module")
         residual = -(-residual * readout.width // head.weight.shape[1])
         cast = any(translator is not None and translator.weight.dtype != hidden for translator in translators)
-        return plan(max(1, len(translators)), positions, residual, cast, head, query, _tile(head, query), memory_budget)
+        wide = torch.promote_types(torch.float32, hidden).itemsize
+        tile = _tile(head, query)
+        layers = max(1, len(translators))
+        return plan(layers, positions, readout.width, wide, residual, cast, head, query, tile, memory_budget)
 
     def head_input(
         self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], norm: Norm, head: Head, tiling: Tiling
@@ -158,7 +161,7 @@ class TritonEngine(Engine):
             out = empty_answer(len(hidden), positions, only_top, head.weight.device) | out
         for i, entry in enumerate(hidden):
             rest = torch.arange(positions, device=entry.device) if unsure is None else unsure[i].nonzero().squeeze(1)
-            for at in rest.split(max(1, memory_budget // (32 * head.weight.shape[1]))):
+            for at in rest.split(max(1, memory_budget // (32 * readout.width))):
                 one = replace(readout, translators=readout.translators[i : i + 1])
                 exact = EagerEngine().decode([entry[at]], one, only_top, memory_budget - memory_budget // 4)
                 for statistic in OF_TOKENS:
@@ -233,21 +236,22 @@ def _answer_shapes(*flat: Any) -> list[Tensor]:
 
 
 def plan(
-    layers: int, positions: int, residual: int, cast: bool, head: Head, query: Query, tile: launch.Tile,
-    memory_budget: int,
+    layers: int, positions: int, hidden_width: int, wide: int, residual: int, cast: bool, head: Head, query: Query,
+    tile: launch.Tile, memory_budget: int,
 ) -> Tiling:  # fmt: skip
     """The largest blocks that fit.
 
     Args:
+        hidden_width, wide: numbers in a hidden state, and bytes of one as the eager engine computes with it.
         residual: bytes an element of what is held of a row beside x while x is made.
         cast: translators have another dtype than the hidden states, so that each is cast when its layer comes.
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
     """
-    wide, d_model = head.weight.dtype.itemsize, head.weight.shape[1]
+    narrow, d_model = head.weight.dtype.itemsize, head.weight.shape[1]
     slots = launch.Partition.of(1, head, tile).slots
-    a_row = d_model * (wide + residual) + 128
+    a_row = d_model * (narrow + residual) + 128
     if query.top_k:
         a_row += 12 * query.top_k
         if top_k.serves(query.top_k, slots):
@@ -257,10 +261,10 @@ def plan(
     if by_two_passes(query, head):
         a_row += 16 * (divergence.MOST_SLICES + 2)
     by_identity = "kl" in query.stats and "kl" not in by_two_passes(query, head)
-    head_is_wide = wide == 4
+    head_is_wide = narrow == 4
     a_position = 0
     if divergences(query):
-        a_position = d_model * (wide + 4 * by_identity) + 64
+        a_position = d_model * (narrow + 4 * by_identity) + 64
     fixed = 2**20 + cast * d_model * d_model * 4 + (layers + 16) * positions * bool(query.top_k)
     if query.watch is not None:
         fixed += min(len(query.watch), WATCH_TILE) * d_model * 8
@@ -275,12 +279,14 @@ def plan(
         if not by_identity:
             return decode
         # While u is computed: logits with both parts of their softmax, and the products of these.
-        logits = block * width * (4 + 4 * (head.bias is not None or head.scale != 1.0) + 2 * wide)
+        logits = block * width * (4 + 4 * (head.bias is not None or head.scale != 1.0) + 2 * narrow)
         return max(decode, fixed + block * (a_position + 8 * d_model) + logits + head_is_wide * width * d_model * 4)
 
     # Rows that top_k.py hands back are decoded by the eager engine, with three quarters of the budget.
     again = Query(frozenset(), top_k=query.top_k)
-    least = -(-4 * scratch_bytes(1, min(MIN_TILE, head.vocab), d_model, head, again, 4) // 3) if query.top_k else 0
+    least = (
+        -(-4 * scratch_bytes(1, min(MIN_TILE, head.vocab), hidden_width, head, again, wide) // 3) if query.top_k else 0
+    )
     block = min(positions, REFERENCE_POSITIONS) if divergences(query) else positions
     group, width = layers, min(REFERENCE_TILE, head.vocab)
     while needed(block, group, width) > memory_budget and (group > 1 or block > 1 or width > 256):

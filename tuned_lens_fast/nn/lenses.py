@@ -254,7 +254,7 @@ class TunedLens(Lens):
         unembed = Unembed(model, verify=verify)
         if lens_resource_id is None:
             lens_resource_id = name_or_path(model)
-        return cls._pretrained(unembed, lens_resource_id, len(get_transformer_layers(model)[1]), kwargs)
+        return cls.from_unembed_and_pretrained(unembed, lens_resource_id, **kwargs)
 
     @classmethod
     def from_unembed_and_pretrained(
@@ -280,21 +280,16 @@ class TunedLens(Lens):
             ValueError: a config or checkpoint that is damaged, is not plain tensors, does not fit, or is of a
                 lens that ``h + (W h + b)`` does not express.
         """
-        return cls._pretrained(unembed, lens_resource_id, None, kwargs)
-
-    @classmethod
-    def _pretrained(
-        cls, unembed: Unembed, lens_resource_id: str | os.PathLike[str], layers: int | None, options: dict[str, Any]
-    ) -> TunedLens:
-        unknown = options.keys() - _ARTIFACT_OPTIONS - _IGNORED_OPTIONS
+        unknown = kwargs.keys() - _ARTIFACT_OPTIONS - _IGNORED_OPTIONS
         if unknown:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: unknown option, wanted one of "
                 f"{', '.join(sorted(_ARTIFACT_OPTIONS | _IGNORED_OPTIONS))}"
             )
         config_path, ckpt_path = load_artifacts.load_lens_artifacts(
-            resource_id=lens_resource_id, **{k: v for k, v in options.items() if k in _ARTIFACT_OPTIONS}
+            resource_id=lens_resource_id, **{k: v for k, v in kwargs.items() if k in _ARTIFACT_OPTIONS}
         )
+        layers = getattr(unembed, "num_hidden_layers", None)
         artifact = read_artifact(Path(config_path), Path(ckpt_path), unembed, d_model=_width(unembed), layers=layers)
         config = artifact.config
         lens = cls(unembed, config)

@@ -78,10 +78,10 @@ class Unembed(nn.Module):
                 check_hooked(model, self)
             return
         _check_head(model_surgery.get_unembedding_matrix(model))
-        watched = TracedModel(model, run_blocks=verify)
-        self._describe(watched.norm, watched.head, watched.width, watched.transform, watched.num_blocks)
+        traced = TracedModel(model, run_blocks=verify)
+        self._describe(traced.norm, traced.head, traced.width, traced.transform, traced.num_blocks)
         if verify:
-            watched.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+            traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
 
     @classmethod
     def from_modules(
