@@ -490,6 +490,7 @@ def test_info_of_a_damaged_config(tmp_path, capsys, text, problem):
     assert re.fullmatch(rf"tuned-lens-fast: error: .*{problem}.*\n", err)
 
 
+@pytest.mark.slow
 def test_module_runs(folder):
     command = [sys.executable, "-m", "tuned_lens_fast", "decode", folder, "-", "--json"]
     done = subprocess.run(command, input=b"hello", capture_output=True)
@@ -498,6 +499,7 @@ def test_module_runs(folder):
     assert b"Loading weights" not in done.stderr
 
 
+@pytest.mark.slow
 def test_version_and_help_import_nothing_that_a_decode_may_not_need():
     script = (
         "import sys, tuned_lens_fast.cli as cli\n"
@@ -626,6 +628,7 @@ def test_interrupted_while_writing(option, name, folder, tmp_path, monkeypatch, 
     assert capsys.readouterr().err.endswith("tuned-lens-fast: interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_sigint(folder, tmp_path):
     script = (

@@ -11,6 +11,8 @@ from coverage_table import LEFT, LONG, TRANSFORMERS, survey, table
 
 from tuned_lens_fast import residual_stream
 
+pytestmark = pytest.mark.slow  # every model type of transformers
+
 TABLE = Path(__file__).parent.parent / "docs" / "models.md"
 KNOWN = set(re.findall(r"^\| ([\w-]+) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
 #: What no lens gives, and the reason by which it is refused.

@@ -17,10 +17,12 @@ from tuned_lens_fast.engines.matmul import Matmul
 from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
 
 BUDGET = 256 * 2**20
+#: In software, where there is none.
+AMX = pytest.param("native-amx", marks=[] if native.has_amx() else pytest.mark.slow)
 ENGINE = EagerEngine()
 
 
-@pytest.fixture(autouse=True, params=["eager", "native", "native-torch", "native-amx"])
+@pytest.fixture(autouse=True, params=["eager", "native", "native-torch", AMX])
 def engine(request, monkeypatch):
     """Every test here runs with both, and of the native engine with each of its products.
 

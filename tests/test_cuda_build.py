@@ -13,6 +13,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 MOST_REGISTERS = 72
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
 def test_the_kernels_compile_without_spills(architecture, tmp_path):

@@ -245,6 +245,7 @@ def test_one_bad_position(lens):
     assert torch.equal(stats.entropy[~bad], clean.entropy[~bad])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_compiles_without_a_graph_break(lens, top_k):
     states, targets = hidden(5), torch.randint(0, VOCAB, (5,))
@@ -258,6 +259,7 @@ def test_compiles_without_a_graph_break(lens, top_k):
         assert want is None or torch.allclose(got.double(), want.double(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_with_the_default_backend(lens):
     states, targets = hidden(5), torch.randint(0, VOCAB, (5,))
     compiled = torch.compile(lambda h, t: lens.decode(h, targets=t).entropy, fullgraph=True)

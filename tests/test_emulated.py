@@ -149,6 +149,7 @@ def running(rows, k):
     }
 
 
+@pytest.mark.slow
 class TestCuda:
     """A thread of the system for each thread of a block: slow, so a few rows."""
 

@@ -441,6 +441,7 @@ def without_cache(lens, model, layer, tokens, steps):
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "bloom", "gemma2", "lfm2", "mamba", "rwkv", "hy_v4", "cpmant"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy_against_no_cache(model_type, batch):

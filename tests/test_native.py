@@ -165,6 +165,7 @@ def test_a_forked_child_decodes():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", ["plain", "avx2"])
 def test_older_processors(processor):
     """The code for each instruction set is there whatever the processor; the most it may use can be lowered."""

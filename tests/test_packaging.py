@@ -51,6 +51,7 @@ def wheel(tmp_path_factory):
         yield archive
 
 
+@pytest.mark.slow
 def test_every_module_is_installed(wheel):
     names = set(wheel.namelist())
     package = {str(path.relative_to(ROOT)) for path in (ROOT / "tuned_lens_fast").rglob("*.py")}
@@ -62,6 +63,7 @@ def test_every_module_is_installed(wheel):
     assert "tuned_lens_fast/py.typed" in names
 
 
+@pytest.mark.slow
 def test_a_checkout_without_links_installs_the_kernels_too(tmp_path):
     tree, out = tmp_path / "tree", tmp_path / "wheel"
     tree.mkdir()
@@ -72,11 +74,13 @@ def test_a_checkout_without_links_installs_the_kernels_too(tmp_path):
         test_every_module_is_installed(archive)
 
 
+@pytest.mark.slow
 def test_nothing_else_is(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tuned_lens_fast"}
 
 
+@pytest.mark.slow
 def test_the_command(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert "tuned-lens-fast = tuned_lens_fast.cli:main" in wheel.read(name).decode()
@@ -103,12 +107,14 @@ def engines_of(wheel, folder):
     return json.loads(found)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 def test_a_wheel_holds_the_native_engine(wheel, tmp_path):
     assert "-abi3-" in Path(wheel.filename).name
     assert engines_of(wheel, tmp_path)["native"] == "ok"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_path):
     tree, out = tmp_path / "tree", tmp_path / "wheel"
     tree.mkdir()
@@ -121,6 +127,7 @@ def test_without_a_compiler_the_package_installs_and_says_what_is_missing(tmp_pa
     assert "TUNED_LENS_FAST_NATIVE=1" in said["native"]
 
 
+@pytest.mark.slow
 def test_a_build_can_be_forced(tmp_path):
     tree, out = tmp_path / "tree", tmp_path / "wheel"
     tree.mkdir()
@@ -128,6 +135,7 @@ def test_a_build_can_be_forced(tmp_path):
     assert not [*out.glob("*.whl")]
 
 
+@pytest.mark.slow
 def test_the_sources_are_in_a_source_distribution(tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()

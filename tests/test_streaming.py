@@ -58,6 +58,7 @@ def chunked(model, lens, ids, chunk, **options):
         return tl.decode_model(model, lens, ids, chunk=chunk, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_chunk_size_means_the_same(model_type):
     model, ids = tiny(model_type), ids_of(2, 17)
@@ -67,6 +68,7 @@ def test_every_chunk_size_means_the_same(model_type):
         assert_same(chunked(model, lens, ids, chunk), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", WINDOWS)
 @pytest.mark.parametrize("chunk", [1, 4, 6, 13, 24])
 def test_windows_straddle_chunks(model_type, chunk):
@@ -79,6 +81,7 @@ def test_windows_straddle_chunks(model_type, chunk):
     assert_same(chunked(model, lens, ids, chunk), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_hybrids_continue(model_type):
     model, ids = build(model_type), ids_of(2, 23)
@@ -115,6 +118,7 @@ def padded(side):
 UNMASKED_TOKENS = ("lfm2", "mamba2", "falcon_h1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "bloom", "gptj", *WINDOWS, *UNMASKED_TOKENS])
 def test_padding(model_type, side):

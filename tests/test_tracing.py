@@ -135,6 +135,7 @@ def test_a_head_that_is_more_than_linear_is_refused(verify):
 FRESH = ["bloom", "exaone4", "gemma2", "gemma3_text", "inkling_text", "llama", "minimax", "modernbert-decoder", "olmo2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("gain", [None, 0.5, 20.0])
 @pytest.mark.parametrize("model_type", FRESH)
@@ -638,6 +639,7 @@ def test_blocks_quantised_by_pytorch(tmp_path):
         Unembed(model)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the growth of the resident peak")
 def test_cost_at_the_size_of_smollm2():
     """SmolLM2-135M in fp32: verified in the time of a few forward passes, without a copy of its head's 113 MB."""

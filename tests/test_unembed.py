@@ -144,6 +144,7 @@ def test_eps_is_measured(eps):
     assert (norm.kind, norm.eps) == ("rms", eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d_model", [2, 8192])
 @pytest.mark.parametrize(("cls", "kind"), [(nn.LayerNorm, "layer"), (nn.RMSNorm, "rms")])

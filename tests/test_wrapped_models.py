@@ -229,6 +229,7 @@ BRIDGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("model_type", BRIDGED)
 def test_bridge(transformer_lens, model_type, folded):

@@ -49,6 +49,7 @@ def check(got, x, own, head):
     reference.check(got, z, reference=reference.logits(own, head))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("positions", "d_model", "vocab"), [(1, 64, 2), (4, 33, 31), (19, 16, 70), (4, 64, 331)])
 def test_walk(positions, d_model, vocab, dtype, device):

@@ -18,7 +18,10 @@ from tuned_lens_fast.kernels import launch, overlapped
 from tuned_lens_fast.kernels.launch import Tile
 from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it on the GPU itself")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs it on the GPU itself"),
+]
 
 SMALL = Tile(block_rows=16, block_vocab=64, block_depth=32, warps=8, stages=3, tma=True, overlapped=True)
 

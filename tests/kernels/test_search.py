@@ -49,6 +49,7 @@ def test_overlapped_tiles_fill_shared_memory(d_model, stages):
         assert more.stages > 8 or shared_bytes(more, d_model) > search.SHARED_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_top_k", [False, True])
 def test_tiles_that_fail_or_err_are_left_out(with_top_k, monkeypatch, capsys):
     x, head = torch.randn(20, 32), Head(torch.randn(300, 32))

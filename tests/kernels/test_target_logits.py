@@ -58,6 +58,7 @@ def test_rows_without_a_target_and_masked_targets(device):
     assert got[none < 0].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [130, 50], ids=["whole tiles", "masked tiles"])
 @pytest.mark.parametrize("d_model", [40, 96])

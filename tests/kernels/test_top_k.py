@@ -46,6 +46,7 @@ def operands(rows, d_model, vocab, dtype, device, seed=0):
     return x.to(device, dtype), w.to(device, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab", "k"), [(2, 65, 1), (3, 331, 3), (2, 600, 10), (1, 1037, 5), (1, 64, 1)])
 @pytest.mark.parametrize("merged", [1, 2, 4])
@@ -62,6 +63,7 @@ def test_bias_scale_softcap(options, device):
     assert not check(x, Head(w, bias, **options), 3)[1].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [17, LARGEST_K])
 def test_large_k(k, device):
     """The room for candidates grows with k."""
@@ -130,6 +132,7 @@ def test_negative_and_equal_logits_are_reported_or_right(device):
     assert check(x, Head(w), 4)[1].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finite", [1, 2, 4, 5])
 def test_fewer_finite_logits_than_k(finite, device):
     """Never an id that does not exist."""
@@ -141,6 +144,7 @@ def test_fewer_finite_logits_than_k(finite, device):
     assert ((got["top_ids"][0][~overflow] >= 0) & (got["top_ids"][0][~overflow] < 300)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_row_harms_itself_only(bad, device):
     x, w = operands(4, 32, 331, torch.bfloat16, device)

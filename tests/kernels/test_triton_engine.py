@@ -45,6 +45,7 @@ def test_against_float64_and_eager(dtype, d_model, vocab, stats, options, device
     assert_same_bits(harmed, got, [0, 1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["identity", "layer", "rms", "module"])
 @pytest.mark.parametrize("translated", [False, True])
 def test_from_hidden_states(kind, translated, device):
@@ -115,6 +116,7 @@ def test_a_large_k_is_answered_by_the_eager_engine(top_k, device):
     asked.check(asked.decode(ENGINE))
 
 
+@pytest.mark.slow
 def test_chunks_mean_the_same(device):
     """From everything at once down to the smallest budget, which its refusal names."""
     asked = problem(BF16, 40, 331, device, positions=2, stats=ONE_PASS | {"kl"}, top_k=2, watch=3)
@@ -184,6 +186,7 @@ def operands(asked, top_k):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stats", "top_k", "watch"), [(ONE_PASS | {"kl"}, 2, 3), (DIVERGENCES, 0, 0), (frozenset(), 0, 0)]
 )
@@ -194,6 +197,7 @@ def test_opcheck(stats, top_k, watch, device):
     torch.library.opcheck(torch.ops.tuned_lens_fast.triton_decode.default, operands(asked, top_k))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile_without_a_graph_break(backend, device):
     asked = problem(BF16, 32, 90, device, positions=3, stats=ONE_PASS | {"kl"}, top_k=2)

@@ -144,6 +144,7 @@ def exact(rows, d_model, vocab, dtype, device, seed=0):
     return x, w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [31, 128, 331])
 def test_ranks_are_exact(vocab, dtype, device):
@@ -175,6 +176,7 @@ def test_nothing_but_minus_infinity(device):
         assert (value == 0).all() if name == "rank" else value.isnan().all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [False, True])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "overflow"])
 def test_a_bad_row_harms_itself_only(bad, top_k, device):
