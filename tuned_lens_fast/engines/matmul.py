@@ -71,10 +71,7 @@ class Matmul:
         if isinstance(tokens, slice) and self.shape_dependent:
             skip = max(0, tokens.start - max(0, tokens.stop - width))
             tokens = slice(tokens.start - skip, tokens.stop)
-        z = self.multiply(x, self.head.weight[tokens])
-        if self.head.bias is not None:
-            z += self.head.bias[tokens].float()
-        return self.head.transform(z)[:, skip:]
+        return self._logits(self.multiply(x, self.head.weight[tokens]), tokens)[:, skip:]
 
     def target_logits(self, x: Packed, targets: Tensor, width: int) -> Tensor:
         """Every row's target logit by a tile's own arithmetic: the diagonal of a product with the targets' rows of W.
@@ -82,11 +79,21 @@ class Matmul:
         Another way of summing the same product may rank a token behind its equals. x has rows layers x positions,
         targets int64 ``[positions]``, no more than ``width`` of them, a tile's tokens; fp32 ``[rows]``.
         """
-        at_once = targets.shape[0]
-        columns = width if self.shape_dependent else at_once
-        ids = torch.nn.functional.pad(targets.clamp(min=0), (0, columns - at_once))
-        z = self(x, ids, width)[:, :at_once].unflatten(0, (-1, at_once))
+        at_once, ids = targets.shape[0], targets.clamp(min=0)
+        weight = self.head.weight[ids]
+        if self.shape_dependent:
+            # What stands in the rest does not matter, its columns are dropped.
+            as_wide = weight.new_empty(width, weight.shape[1])
+            as_wide[:at_once] = weight
+            weight = as_wide
+        z = self._logits(self.multiply(x, weight)[:, :at_once], ids).unflatten(0, (-1, at_once))
         return z.diagonal(dim1=1, dim2=2).flatten()
+
+    def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
+        """What the model makes of the products of these tokens."""
+        if self.head.bias is not None:
+            z += self.head.bias[tokens].float()
+        return self.head.transform(z)
 
 
 class FmaMatmul(Matmul):
