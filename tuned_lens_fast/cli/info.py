@@ -1,0 +1,97 @@
+"""``tuned-lens-fast info``: what a model or a lens is made of, and the engines that work here."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tuned_lens_fast.artifacts import read_config
+from tuned_lens_fast.cli.arguments import add_model_options
+from tuned_lens_fast.cli.loading import check_folder, load_model
+from tuned_lens_fast.cli.output import print_json
+from tuned_lens_fast.engines import engines
+from tuned_lens_fast.load_artifacts import is_model_config, load_lens_artifacts
+from tuned_lens_fast.messages import shortened
+from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.nn import LogitLens
+
+
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    command = commands.add_parser("info", help="describe a model or a tuned lens, and the engines that work here")
+    command.set_defaults(run=run)
+    command.add_argument("model", metavar="MODEL_OR_LENS", help="a model's folder or hub id, or a lens's folder")
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    add_model_options(command)
+    return command
+
+
+def run(args: argparse.Namespace) -> None:
+    facts = _lens_facts(args.model) if _is_lens(args.model) else _model_facts(args)
+    if args.json:
+        print_json({**facts, "engines": engines()})
+        return
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name, "none" if value is None else f"{value:,}" if type(value) is int else shortened(value, 1000))
+    for name, state in engines().items():
+        table.add_row(f"engine {name}", state)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _is_lens(name: str) -> bool:
+    """Whether ``name`` is the folder of a saved lens."""
+    config = Path(name) / "config.json"
+    return os.path.isfile(config) and not is_model_config(config)
+
+
+def _lens_facts(name: str) -> dict[str, Any]:
+    config = read_config(Path(name) / "config.json")
+    _, checkpoint = load_lens_artifacts(name)
+    return {
+        "kind": "tuned lens",
+        "model": config.base_model_name_or_path,
+        "model revision": config.base_model_revision,
+        "layers": config.num_hidden_layers,
+        "width": config.d_model,
+        "bias": "yes" if config.bias else "no",
+        "unembedding hash": config.unembed_hash,
+        "checkpoint bytes": checkpoint.stat().st_size,
+    }
+
+
+def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
+    check_folder(args.model)
+    model = load_model(args)
+    unembed = LogitLens.from_model(model).unembed
+    norm, head = unembed.norm, unembed.head
+    kinds = {"layer": "LayerNorm", "rms": "RMSNorm", "module": type(norm.module).__name__, "identity": "none"}
+    norm_parts = [
+        f"{kinds[norm.kind]}, eps {norm.eps:g}" if norm.kind in ("layer", "rms") else kinds[norm.kind],
+        *(["weight stored less 1"] if norm.unit_offset else []),
+        *(["bias"] if norm.bias is not None else []),
+        *([f"then times {norm.factor:g}"] if norm.factor != 1.0 else []),
+    ]
+    transform = [
+        *([f"times {head.scale:g}"] if head.scale != 1.0 else []),
+        *([f"softcap at {head.softcap:g}"] if head.softcap is not None else []),
+    ]
+    return {
+        "kind": "model",
+        "type": model.config.get_text_config().model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": len(get_transformer_layers(model)[1]),
+        "width": head.weight.shape[1],
+        "vocabulary": head.vocab,
+        "final norm": ", ".join(norm_parts),
+        "head": f"linear {'with' if head.bias is not None else 'without'} bias, {str(head.weight.dtype)[6:]}",
+        "logit transform": ", ".join(transform) or None,
+        "device": str(model.device),
+    }
