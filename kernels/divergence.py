@@ -5,9 +5,9 @@ u = W^T p, both shared by all layers,
 
     KL = lse - lse_T - (x - x_T) . u
 
-``kl_by_identity`` is that dot product, and ``Expectation`` computes u. Everything else is a second pass over the
-vocabulary with both normalisers known (``divergence_pass``): a program keeps the reference's tile in registers and
-passes all layers of its positions by it.
+``kl_by_identity`` is that dot product, and ``Expectation`` computes u (and, of every row, what its gradient needs).
+Everything else is a second pass over the vocabulary with both normalisers known (``divergence_pass``): a program keeps
+the reference's tile in registers and passes all layers of its positions by it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MOST_SLICES = 32
 @triton.jit(do_not_specialize=["rows", "width"])
 def _softmax_parts(
     z,  # fp32 [rows, width]
-    state,  # fp32 [2, rows]: m and s
+    state,  # fp32 [3, rows]: m, s, and the sum of what is multiplied
     decay,  # fp32 [rows]
-    parts,  # [2 * rows, width] in W's dtype: exp(z - m) and what its rounding lost
+    parts,  # [PARTS * rows, width] in W's dtype: exp(z - m) and what its rounding lost
     rows, width, stride_z,
-    BLOCK: tl.constexpr, SCALE: tl.constexpr,
+    BLOCK: tl.constexpr, SCALE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """A program a row: a tile's exponentials in two parts, and the row's m and s with them."""
+    """A program a row: a tile's exponentials in one part or two, and the row's m and sums with them."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     largest = tl.full((BLOCK,), EMPTY, tl.float32)
@@ -53,6 +53,7 @@ def _softmax_parts(
     m = tl.load(state + row)
     m_new = tl.maximum(m, tl.max(largest, 0))
     s = tl.zeros((BLOCK,), tl.float32)
+    kept = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         inside = start + column < width
         y = tl.load(z + row * stride_z + start + column, mask=inside, other=MASKED) - m_new
@@ -61,59 +62,70 @@ def _softmax_parts(
         p *= SCALE
         high = p.to(parts.dtype.element_ty)
         tl.store(parts + row * width + start + column, high, mask=inside)
-        low = (p - high.to(tl.float32)).to(parts.dtype.element_ty)
-        tl.store(parts + (rows + row) * width + start + column, low, mask=inside)
+        kept += high.to(tl.float32)
+        if PARTS == 2:
+            low = (p - high.to(tl.float32)).to(parts.dtype.element_ty)
+            kept += low.to(tl.float32)
+            tl.store(parts + (rows + row) * width + start + column, low, mask=inside)
     shrink = tl.exp2((m - m_new) * LOG2E)
     tl.store(decay + row, shrink)
     tl.store(state + row, m_new)
     tl.store(state + rows + row, tl.load(state + rows + row) * shrink + tl.sum(s, 0))
+    tl.store(state + 2 * rows + row, tl.load(state + 2 * rows + row) * shrink + tl.sum(kept, 0))
 
 
 @triton.jit
 def _accumulate(
     u,  # fp32 [rows, D]
-    products,  # fp32 [2 * rows, D]
+    products,  # fp32 [PARTS * rows, D]
     decay,  # fp32 [rows]
     elements,
-    D: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """u * decay + both products."""
+    """u * decay + the products."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     total = tl.load(u + at, mask=inside, other=0.0) * tl.load(decay + at // D, mask=inside, other=0.0)
-    total += tl.load(products + at, mask=inside, other=0.0) + tl.load(products + elements + at, mask=inside, other=0.0)
+    added = tl.load(products + at, mask=inside, other=0.0)
+    if PARTS == 2:
+        added += tl.load(products + elements + at, mask=inside, other=0.0)
+    total += added
     tl.store(u + at, total, mask=inside)
 
 
 class Expectation:
     """sum exp(z - m) W of rows whose logits come a vocabulary tile at a time, in one pass.
 
-    Two 16-bit products a tile: in one, a probability would keep 8 bits in bf16 and u would be off by 1e-2 of a nat in
-    KL; the sum of two parts keeps 16 and is off by 3e-5.
+    With two parts it takes two 16-bit products a tile: in one, a probability would keep 8 bits in bf16 and u would be
+    off by 1e-2 of a nat in KL; the sum of two parts keeps 16 and is off by 3e-5. For a gradient one is enough, and for
+    fp32 one is all. u is normalised by the sum of what was multiplied.
     """
 
-    def __init__(self, rows: int, d_model: int, device: torch.device) -> None:
+    def __init__(self, rows: int, d_model: int, device: torch.device, parts: int = 2) -> None:
         self.u = torch.zeros(rows, d_model, dtype=torch.float32, device=device)
-        self._state = torch.zeros(2, rows, dtype=torch.float32, device=device)
+        self._parts = parts
+        self._state = torch.zeros(3, rows, dtype=torch.float32, device=device)
         self._state[0] = EMPTY.value
         self._decay = torch.empty(rows, dtype=torch.float32, device=device)
 
     def add(self, z: Tensor, weight: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Meet one tile: z fp32 [rows, width], weight [width, d_model], product: (a, b) -> a @ b in fp32."""
         rows, width = z.shape
-        parts = torch.empty(2 * rows, width, dtype=weight.dtype, device=z.device)
+        parts = torch.empty(self._parts * rows, width, dtype=weight.dtype, device=z.device)
         _softmax_parts[(rows,)](
-            z, self._state, self._decay, parts, rows, width, z.stride(0), BLOCK=2048, SCALE=PART_SCALE, num_warps=8
-        )
+            z, self._state, self._decay, parts, rows, width, z.stride(0),
+            BLOCK=2048, SCALE=PART_SCALE, PARTS=self._parts, num_warps=8,
+        )  # fmt: skip
         elements = self.u.numel()
         _accumulate[(triton.cdiv(elements, 4096),)](
-            self.u, product(parts, weight), self._decay, elements, D=self.u.shape[1], BLOCK=4096, num_warps=8
-        )
+            self.u, product(parts, weight), self._decay, elements,
+            D=self.u.shape[1], BLOCK=4096, PARTS=self._parts, num_warps=8,
+        )  # fmt: skip
 
     def state(self) -> State:
         """The closed state of the rows, once every tile was met."""
-        m, s = self._state
-        return State(m, s, u=self.u.div_(PART_SCALE)).closed()
+        m, s, kept = self._state
+        return State(m, s, u=self.u.mul_((s / kept).unsqueeze(1))).closed()
 
 
 @triton.jit(do_not_specialize=["positions"])

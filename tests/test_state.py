@@ -1,6 +1,7 @@
 """The running state and its merge, against whole rows in float64."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -37,18 +38,14 @@ def whole(z, targets, k, first=0):
 
 def states_of(z, cuts, targets, weight, k):
     threshold = z.gather(1, targets[:, None]).squeeze(1)
-    return [
-        State.of_tile(
-            z[:, a:b].clone(),
-            a,
-            running=frozenset({"t", "r", "target"}),
-            targets=targets,
-            threshold=threshold,
-            top_k=k,
-            weight=weight[a:b],
+    states = []
+    for a, b in pairwise(cuts):
+        tile = z[:, a:b].clone()
+        state = State.of_tile(
+            tile, a, running=frozenset({"t", "r", "target"}), targets=targets, threshold=threshold, top_k=k
         )
-        for a, b in pairwise(cuts)
-    ]
+        states.append(replace(state, u=tile @ weight[a:b]))  # the tile holds exp(z - m) now
+    return states
 
 
 def assert_is(state, want, u):

@@ -49,23 +49,41 @@ class Engine(abc.ABC):
         """
 
     @abc.abstractmethod
-    def plan(self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int) -> Tiling:
+    def plan(
+        self,
+        positions: int,
+        hidden: torch.dtype,
+        readout: Readout,
+        query: Query,
+        memory_budget: int,
+        gradient: bool = False,
+    ) -> Tiling:
         """How :meth:`decode` will cut hidden states of dtype ``hidden`` at so many positions, at least 1.
 
-        Of ``query`` only what is asked for counts, not the values of its tensors.
+        Of ``query`` only what is asked for counts, not the values of its tensors. With ``gradient`` every row's
+        gradient is wanted as well (``losses.py``).
 
         Raises:
             BudgetError: the budget cannot work; it names the smallest that can.
         """
 
     @abc.abstractmethod
+    def residual(self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], tiling: Tiling) -> Tensor:
+        """h + A h + c of layers' hidden states ``[positions, width]``, each with a translator of its own.
+
+        ``[layers * positions, width]``, layer by layer, in fp32 or wider; without any translator in h's dtype if need
+        be.
+        """
+
+    @abc.abstractmethod
+    def normed(self, residual: Tensor, norm: Norm, head: Head) -> Tensor:
+        """x = norm(residual) ``[rows, d_model]`` in the head's dtype."""
+
     def head_input(
         self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], norm: Norm, head: Head, tiling: Tiling
     ) -> Tensor:
-        """x = norm(h + A h + c) of layers' hidden states ``[positions, width]``, each with a translator of its own.
-
-        ``[layers * positions, d_model]`` in the head's dtype, layer by layer.
-        """
+        """x = norm(h + A h + c) ``[layers * positions, d_model]`` in the head's dtype, layer by layer."""
+        return self.normed(self.residual(hidden, translators, tiling), norm, head)
 
     @abc.abstractmethod
     def vocabulary_pass(self, x: Tensor, head: Head, wanted: Wanted, tiling: Tiling) -> State:
@@ -127,7 +145,7 @@ class Engine(abc.ABC):
             part = query.at(p)
             reference = None  # before the next one takes its place
             if divergences(query):
-                reference = self._reference(part, readout.head, tiling)
+                reference = self.reference(part, readout.head, tiling)
             for group in slices(layers, tiling.layers):
                 entering = [h[p] for h in hidden[group]]
                 x = self.head_input(entering, readout.translators[group], readout.norm, readout.head, tiling)
@@ -145,12 +163,12 @@ class Engine(abc.ABC):
                 del x, found, value
         return out
 
-    def _reference(self, query: Query, head: Head, tiling: Tiling) -> Reference:
+    def reference(self, query: Query, head: Head, tiling: Tiling) -> Reference:
         """One pass over the model's own logits: their normaliser and, for KL by the identity, u."""
         assert query.reference is not None
         x = query.reference.to(head.weight.dtype).contiguous()
         by_identity = "kl" in query.stats and "kl" not in by_two_passes(query, head)
-        state = self.vocabulary_pass(x, head, Wanted(u=by_identity), tiling)
+        state = self.vocabulary_pass(x, head, Wanted(u="exact" if by_identity else ""), tiling)
         u = None if state.u is None else state.u / state.s.unsqueeze(1) * head.scale
         return Reference(x, state, u)
 

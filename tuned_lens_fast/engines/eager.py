@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from tuned_lens_fast.engines.decoding import Engine, Reference
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Tiling, Translator
 from tuned_lens_fast.engines.matmul import Matmul, Packed
-from tuned_lens_fast.engines.state import GROUP, State, Wanted
+from tuned_lens_fast.engines.state import GROUP, State, Wanted, decay
 from tuned_lens_fast.engines.statistics import LOG_FLOOR, STATISTICS, by_two_passes, divergences
 from tuned_lens_fast.engines.tiling import even
 
@@ -29,20 +30,28 @@ class EagerEngine(Engine):
     def unavailable(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
         return None
 
-    def plan(self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int) -> Tiling:
+    def plan(
+        self,
+        positions: int,
+        hidden: torch.dtype,
+        readout: Readout,
+        query: Query,
+        memory_budget: int,
+        gradient: bool = False,
+    ) -> Tiling:
         matmul = self.matmul(readout.head)
         wide = max(torch.promote_types(torch.float32, dtype).itemsize for dtype in (hidden, readout.head.weight.dtype))
         layers = max(1, len(readout.translators))
-        return plan(layers, positions, readout.width, readout.head, query, wide, memory_budget, matmul.scratch)
+        return plan(
+            layers, positions, readout.width, readout.head, query, wide, memory_budget, matmul.scratch, gradient
+        )
 
-    def head_input(
-        self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], norm: Norm, head: Head, tiling: Tiling
-    ) -> Tensor:
-        dtype = torch.promote_types(torch.float32, hidden[0].dtype)
-        rows = [
-            normed(h, translator, norm, dtype, tiling.tile) for h, translator in zip(hidden, translators, strict=True)
-        ]
-        return (torch.cat(rows) if len(rows) > 1 else rows[0]).to(head.weight.dtype)
+    def residual(self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], tiling: Tiling) -> Tensor:
+        rows = [translated(h, translator, tiling.tile) for h, translator in zip(hidden, translators, strict=True)]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def normed(self, residual: Tensor, norm: Norm, head: Head) -> Tensor:
+        return norm(residual).to(head.weight.dtype)
 
     def vocabulary_pass(self, x: Tensor, head: Head, wanted: Wanted, tiling: Tiling) -> State:
         matmul, width = self.matmul(head), tiling.tile
@@ -61,20 +70,26 @@ class EagerEngine(Engine):
 
         targets: int64 ``[rows]``; threshold: fp32 ``[rows]``, see :meth:`State.of_tile`.
         """
-        state = None
+        state = u = None
         for tile in matmul.tiles(width):
+            z = matmul(x, tile, width)
             part = State.of_tile(
-                matmul(x, tile, width),
+                z,
                 tile.start,
                 running=wanted.running,
                 targets=targets,
                 threshold=threshold,
                 top_k=wanted.top_k,
-                weight=matmul.head.weight[tile].float() if wanted.u else None,
+                m=None if state is None or not wanted.u else state.m,
             )
+            if wanted.u:
+                u = z.new_zeros(len(z), matmul.head.weight.shape[1]) if u is None else u
+                if state is not None:
+                    u.mul_(decay(state.m, part.m).unsqueeze(1))
+                matmul.add_rows_of_weight(u, z, tile, wanted.u == "exact")
             state = part if state is None else State.merge(state, part)
         assert state is not None
-        return state
+        return state if u is None else replace(state, u=u)
 
     def divergence_pass(
         self, x: Tensor, state: State, reference: Reference, head: Head, names: Collection[str], tiling: Tiling
@@ -99,26 +114,30 @@ class EagerEngine(Engine):
         return found
 
 
-def normed(hidden: Tensor, translator: Translator | None, norm: Norm, dtype: torch.dtype, block: int) -> Tensor:
-    """norm(h + A h + c) of hidden ``[rows, width]``, in ``dtype`` throughout, ``block`` rows of A at a time."""
-    residual = hidden.to(dtype)
-    if translator is not None:
-        parts = [residual @ part.to(dtype).t() for part in translator.weight.split(block)]
-        translated = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        if translator.bias is not None:
-            translated += translator.bias.to(dtype)
-        residual = translated.add_(residual)
-    return norm(residual)
+def translated(hidden: Tensor, translator: Translator | None, block: int) -> Tensor:
+    """h + A h + c of hidden ``[rows, width]`` in fp32, or float64 if it is of that; ``block`` rows of A at a time."""
+    residual = hidden.to(torch.promote_types(torch.float32, hidden.dtype))
+    if translator is None:
+        return residual
+    parts = [residual @ part.to(residual.dtype).t() for part in translator.weight.split(block)]
+    change = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+    if translator.bias is not None:
+        change += translator.bias.to(residual.dtype)
+    return change.add_(residual)
 
 
-def scratch_bytes(rows: int, tile: int, d_model: int, head: Head, query: Query, wide: int) -> int:
+def scratch_bytes(
+    rows: int, tile: int, d_model: int, head: Head, query: Query, wide: int, gradient: bool = False
+) -> int:
     """Upper bound on scratch beside inputs and results; ``wide``: bytes of an element of x."""
     logits = 3 if head.softcap is None else 5
-    if by_two_passes(query, head):
+    if by_two_passes(query, head) or (gradient and head.softcap is not None):
         logits += 7
     candidates = min(tile, (query.top_k + 1) * GROUP) + 2 * query.top_k if query.top_k else 0
     watched = 0 if query.watch is None else len(query.watch)
     vectors = 7 + 3 * bool(divergences(query))  # h, h A^T, x before, in and after the norm; reference, u
+    if gradient:  # sum exp(z - m) W and a tile's, the residual, its gradient and what that is made of
+        vectors += 7
     return (
         rows * tile * 4 * logits
         + rows * (candidates + (tile // GROUP if query.top_k else 0)) * 8 * 5
@@ -137,6 +156,7 @@ def plan(
     wide: int,
     memory_budget: int,
     of_matmul: Callable[[int, int], int] = lambda rows, tile: 0,
+    gradient: bool = False,
 ) -> Tiling:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
 
@@ -151,7 +171,7 @@ def plan(
     rows = min(best_rows, max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
-        return scratch_bytes(rows, tile, d_model, head, query, wide) + of_matmul(rows, tile)
+        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + of_matmul(rows, tile)
 
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
         if tile > smallest and (tile >= rows or rows == 1):

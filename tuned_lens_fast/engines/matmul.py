@@ -89,6 +89,19 @@ class Matmul:
         z = self._logits(self.multiply(x, weight)[:, :at_once], ids).unflatten(0, (-1, at_once))
         return z.diagonal(dim1=1, dim2=2).flatten()
 
+    def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
+        """Add shares W to ``sums``, fp32 ``[rows, d_model]``; shares: fp32 ``[rows, tokens]``, of a tile.
+
+        exact: to fp32's rounding, where W is of 16 bits too; else shares are rounded to its dtype.
+        """
+        weight = self.head.weight[tokens]
+        if self.narrow and not exact:
+            sums += torch.mm(shares.to(weight.dtype), weight, out_dtype=torch.float32)
+        elif exact:
+            sums += shares @ weight.float()  # adding on the way, vendor libraries sum less exactly
+        else:
+            sums.addmm_(shares, weight.float())
+
     def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
         """What the model makes of the products of these tokens."""
         if self.head.bias is not None:

@@ -135,7 +135,7 @@ class NativeEngine(EagerEngine):
                 in_pass = None
             torch.ops.tuned_lens_fast.tile_pass(z, tile.start, targets, threshold, sums, r, target, in_pass, rescale)
             if u is not None and rescale is not None:
-                u.mul_(rescale.unsqueeze(1)).add_(z @ matmul.head.weight[tile].float())
+                matmul.add_rows_of_weight(u.mul_(rescale.unsqueeze(1)), z, tile, wanted.u == "exact")
         return State(**dict(zip(SUMS, sums.unbind(1), strict=True)), r=r, target=target, top=top, u=u)
 
     def divergence_pass(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ class Wanted:
     running: frozenset[str] = frozenset()  #: out of "t", "r", "target", fields of a State; the last two want targets
     targets: Tensor | None = None  #: int64 [positions], ids or NO_TARGET; rows are layers x positions
     top_k: int = 0  #: how many keys to keep
-    u: bool = False
+    #: sum exp(z - m) W: to fp32's rounding, or as rough as a gradient may be, whose terms average out.
+    u: Literal["", "exact", "rough"] = ""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,9 @@ class State:
         targets: Tensor | None = None,
         threshold: Tensor | None = None,
         top_k: int = 0,
-        weight: Tensor | None = None,
+        m: Tensor | None = None,
     ) -> State:
-        """The state of one vocabulary tile, whose logits are overwritten.
+        """The state of one vocabulary tile, whose logits are overwritten with exp(z - m).
 
         Args:
             z: fp32 ``[rows, width]``, the logits of tokens first .. first + width - 1.
@@ -122,7 +124,8 @@ class State:
             threshold: fp32 ``[rows]``, the target's logit by the same arithmetic as z, to count r against;
                 not needed where the tile holds every target.
             top_k: how many keys to keep.
-            weight: ``[width, d_model]``, the tile's rows of W in the dtype of z, where u is wanted.
+            m: fp32 ``[rows]``, the least that the state's m is to be: that of the tiles before, so that exp(z - m) can
+                be added to theirs.
         """
         found, r, top = None, None, None
         scratch = torch.empty_like(z)
@@ -139,20 +142,18 @@ class State:
         if top_k:
             keys = tile_top_keys(z, first, top_k)
             top = largest_keys(keys, top_k)
-        m = z.amax(1)
+        m = z.amax(1) if m is None else torch.maximum(z.amax(1), m)
         d = torch.sub(z, _finite(m).unsqueeze(1), out=scratch).clamp_(min=EXP_FLOOR)
         e = torch.exp(d, out=z)
         s = e.sum(1)
-        u = None if weight is None else e @ weight
-        t = e.mul_(d).sum(1) if "t" in running else None
-        return State(m, s, t, r, found, top, u)
+        t = d.mul_(e).sum(1) if "t" in running else None
+        return State(m, s, t, r, found, top)
 
     @staticmethod
     def merge(a: State, b: State) -> State:
         """The state of two disjoint parts of the vocabulary together."""
         m = torch.maximum(a.m, b.m)
-        shift_a = (a.m - _finite(m)).clamp(min=EXP_FLOOR)
-        shift_b = (b.m - _finite(m)).clamp(min=EXP_FLOOR)
+        shift_a, shift_b = _shift(a.m, m), _shift(b.m, m)
         scale_a, scale_b = shift_a.exp(), shift_b.exp()
         t = r = target = top = u = None
         if a.t is not None and b.t is not None:
@@ -179,6 +180,15 @@ class State:
             top = top.masked_fill(void.unsqueeze(1), NO_KEY)
         s = self.s.masked_fill(void, math.nan)
         return replace(self, s=s, r=r, target=target, top=top, log_s=s.log())
+
+
+def decay(before: Tensor, m: Tensor) -> Tensor:
+    """What sums relative to ``before`` are multiplied by once ``m``, which is no less, is the maximum."""
+    return _shift(before, m).exp_()
+
+
+def _shift(before: Tensor, m: Tensor) -> Tensor:
+    return (before - _finite(m)).clamp_(min=EXP_FLOOR)
 
 
 def _finite(m: Tensor) -> Tensor:

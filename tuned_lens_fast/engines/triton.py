@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import fields, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tuned_lens_fast.engines import operators
 from tuned_lens_fast.engines.decoding import WATCH_TILE, Engine, Reference
 from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, scratch_bytes
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Tiling, Translator
@@ -69,7 +70,15 @@ class TritonEngine(Engine):
             return f"the GPU's compute capability is {capability[0]}.{capability[1]}; the kernels need 8.0 or newer"
         return None
 
-    def plan(self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int) -> Tiling:
+    def plan(
+        self,
+        positions: int,
+        hidden: torch.dtype,
+        readout: Readout,
+        query: Query,
+        memory_budget: int,
+        gradient: bool = False,
+    ) -> Tiling:
         translators, norm, head = readout.translators, readout.norm, readout.head
         # fp32 after a translator, else the layers' hidden states side by side; a module's own steps are guessed.
         residual = 4 if any(translator is not None for translator in translators) else hidden.itemsize
@@ -79,22 +88,22 @@ class TritonEngine(Engine):
         wide = torch.promote_types(torch.float32, hidden).itemsize
         tile = _tile(head, query)
         layers = max(1, len(translators))
-        return plan(layers, positions, readout.width, wide, residual, cast, head, query, tile, memory_budget)
+        return plan(layers, positions, readout.width, wide, residual, cast, head, query, tile, memory_budget, gradient)
 
-    def head_input(
-        self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], norm: Norm, head: Head, tiling: Tiling
-    ) -> Tensor:
+    def residual(self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], tiling: Tiling) -> Tensor:
         if all(translator is None for translator in translators):
-            residual = hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
-        else:
-            positions, d_model = hidden[0].shape
-            residual = torch.empty(len(hidden) * positions, d_model, dtype=torch.float32, device=head.weight.device)
-            for h, translator, out in zip(hidden, translators, residual.split(positions), strict=True):
-                if translator is None:
-                    out.copy_(h)
-                else:
-                    h = h if h.dtype in DTYPES else h.float()
-                    translate.translate(h, translator.weight.to(h.dtype), translator.bias, out, _precision())
+            return hidden[0] if len(hidden) == 1 else torch.cat(list(hidden))
+        positions, d_model = hidden[0].shape
+        residual = torch.empty(len(hidden) * positions, d_model, dtype=torch.float32, device=hidden[0].device)
+        for h, translator, out in zip(hidden, translators, residual.split(positions), strict=True):
+            if translator is None:
+                out.copy_(h)
+            else:
+                h = h if h.dtype in DTYPES else h.float()
+                translate.translate(h, translator.weight.to(h.dtype), translator.bias, out, _precision())
+        return residual
+
+    def normed(self, residual: Tensor, norm: Norm, head: Head) -> Tensor:
         if norm.kind == "module":
             return norm(residual.float()).to(head.weight.dtype)
         if norm.kind == "identity" and norm.factor == 1.0 and residual.dtype == head.weight.dtype:
@@ -103,12 +112,12 @@ class TritonEngine(Engine):
         return norm_kernel.normalize(residual, norm, x)
 
     def vocabulary_pass(self, x: Tensor, head: Head, wanted: Wanted, tiling: Tiling) -> State:
-        if wanted.u:
-            return self._expectation(x, head, tiling.tile)
         tile = _tile(head, Query(frozenset(), top_k=wanted.top_k))
         targets = None
         if wanted.targets is not None:
             targets = target_logits.target_logits(x, head, wanted.targets.repeat(len(x) // len(wanted.targets)), tile)
+        if wanted.u:
+            return replace(self._expectation(x, head, wanted.u == "exact", tiling.tile), target=targets)
         state, group_maxima = vocabulary_pass.vocabulary_pass(
             x, head, tile, target_logits=targets, running=wanted.running, group_maxima=wanted.top_k > 0
         )  # fmt: skip
@@ -124,7 +133,7 @@ class TritonEngine(Engine):
         assert reference.u is not None
         return divergence.kl_by_identity(x, reference.x, reference.u, state, reference.state)
 
-    def _expectation(self, x: Tensor, head: Head, width: int) -> State:
+    def _expectation(self, x: Tensor, head: Head, exact: bool, width: int) -> State:
         """The state of rows with u, whose logits exist ``width`` tokens at a time."""
         matmul = self.matmul(head)
         rows = matmul.pack(x)
@@ -132,7 +141,8 @@ class TritonEngine(Engine):
         def multiply(a: Tensor, b: Tensor) -> Tensor:
             return torch.mm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
 
-        expectation = divergence.Expectation(x.shape[0], x.shape[1], x.device)
+        parts = 2 if exact and head.weight.dtype.itemsize < 4 else 1
+        expectation = divergence.Expectation(x.shape[0], x.shape[1], x.device, parts)
         for tokens in slices(head.vocab, width):
             expectation.add(matmul(rows, tokens, width), head.weight[tokens], multiply)
         return expectation.state()
@@ -140,7 +150,7 @@ class TritonEngine(Engine):
     def decode(self, hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> dict[str, Tensor]:
         if readout.norm.kind == "module":  # an operator takes tensors only
             return self._decode(hidden, readout, query, memory_budget)
-        answer = torch.ops.tuned_lens_fast.triton_decode(*_flat(hidden, readout, query, memory_budget))
+        answer = torch.ops.tuned_lens_fast.triton_decode(*operators.flat(hidden, readout, query), memory_budget)
         return {statistic.name: value for statistic, value in zip(asked(query), answer, strict=True)}
 
     def _decode(
@@ -170,74 +180,29 @@ class TritonEngine(Engine):
         return out
 
 
-#: The fields that the operator takes of each, in order. It takes no norms that are modules.
-_FIELDS = {
-    kind: [field for field in fields(kind) if field.name not in ("module", "width")] for kind in (Norm, Head, Query)
-}
-#: Their types as the operator's schema has them.
-_TYPES = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "bool": "bool", "int": "int", "float": "float",
-    "float | None": "float?", "frozenset[str]": "str[]", "NormKind": "str",
-}  # fmt: skip
-
-
-def _flat(hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> list[Any]:
-    """A decode's arguments one by one."""
-    parts = (readout.norm, readout.head, query)
-    values = [getattr(part, field.name) for part in parts for field in _FIELDS[type(part)]]
-    return [
-        list(hidden),
-        [None if translator is None else translator.weight for translator in readout.translators],
-        [None if translator is None else translator.bias for translator in readout.translators],
-        *(sorted(value) if isinstance(value, frozenset) else value for value in values),
-        memory_budget,
-    ]
-
-
-def _bundled(hidden: Sequence[Tensor], weights: Any, biases: Any, *flat: Any) -> tuple[Any, Readout, Query, int]:
-    """What :func:`_flat` took apart."""
-    *values, memory_budget = flat
-    rest = iter(values)
-    norm, head, query = (
-        cast(Any, kind)(**{field.name: next(rest) for field in names}) for kind, names in _FIELDS.items()
-    )
-    translators = [
-        None if weight is None else Translator(weight, bias) for weight, bias in zip(weights, biases, strict=True)
-    ]
-    return hidden, Readout(tuple(translators), norm, head), replace(query, stats=frozenset(query.stats)), memory_budget
-
-
 def _operator(*flat: Any) -> list[Tensor]:
-    hidden, readout, query, memory_budget = _bundled(*flat)
+    hidden, readout, query, memory_budget = operators.bundled(*flat)
     answer = TritonEngine()._decode(hidden, readout, query, memory_budget)
     return [answer[statistic.name] for statistic in asked(query)]
 
 
 # Registered by hand: torch.library.custom_op wraps every call in Python that costs as much as a small decode.
 _LIBRARY = torch.library.Library("tuned_lens_fast", "FRAGMENT")
-_LIBRARY.define(
-    "triton_decode(Tensor[] hidden, Tensor?[] translator_weights, Tensor?[] translator_biases, "
-    + ", ".join(
-        f"{_TYPES[str(field.type)]} {kind.__name__.lower()}_{field.name}"
-        for kind, names in _FIELDS.items()
-        for field in names
-    )
-    + ", int memory_budget) -> Tensor[]"
-)
+_LIBRARY.define(f"triton_decode({operators.SCHEMA}, int memory_budget) -> Tensor[]")
 _LIBRARY.impl("triton_decode", _operator, "CUDA")
 _LIBRARY.impl("triton_decode", _operator, "CPU")  # in Triton's interpreter
 
 
 @torch.library.register_fake("tuned_lens_fast::triton_decode", lib=_LIBRARY)
 def _answer_shapes(*flat: Any) -> list[Tensor]:
-    hidden, readout, query, _ = _bundled(*flat)
+    hidden, readout, query, _ = operators.bundled(*flat)
     positions = hidden[0].shape[0] if hidden else 0
     return [*empty_answer(len(hidden), positions, query, readout.head.weight.device).values()]
 
 
 def plan(
     layers: int, positions: int, hidden_width: int, wide: int, residual: int, cast: bool, head: Head, query: Query,
-    tile: launch.Tile, memory_budget: int,
+    tile: launch.Tile, memory_budget: int, gradient: bool = False,
 ) -> Tiling:  # fmt: skip
     """The largest blocks that fit.
 
@@ -245,6 +210,7 @@ def plan(
         hidden_width, wide: numbers in a hidden state, and bytes of one as the eager engine computes with it.
         residual: bytes an element of what is held of a row beside x while x is made.
         cast: translators have another dtype than the hidden states, so that each is cast when its layer comes.
+        gradient: rows' gradients are wanted as well.
 
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
@@ -258,6 +224,8 @@ def plan(
             a_row += 8 * slots + top_k.Room.of(query.top_k, tile).bytes_per_row
     if query.watch is not None:
         a_row += 12 * min(len(query.watch), WATCH_TILE)
+    if gradient:  # the residual and its gradient in fp32, with what both are made of; a layer's products
+        a_row += 28 * d_model
     if by_two_passes(query, head):
         a_row += 16 * (divergence.MOST_SLICES + 2)
     by_identity = "kl" in query.stats and "kl" not in by_two_passes(query, head)
@@ -276,11 +244,16 @@ def plan(
     def needed(block: int, group: int, width: int) -> int:
         rows = block * group
         decode = fixed + block * a_position + rows * a_row + state(rows)
+        z = 4 + 4 * (head.bias is not None or head.scale != 1.0)
+        weight = head_is_wide * width * d_model * 4
+        if gradient:  # logits with their softmax in W's dtype; with a softcap, the slope and the reference's beside
+            z += narrow if head.softcap is None else 24
+            decode += rows * width * z + weight
         if not by_identity:
             return decode
         # While u is computed: logits with both parts of their softmax, and the products of these.
-        logits = block * width * (4 + 4 * (head.bias is not None or head.scale != 1.0) + 2 * narrow)
-        return max(decode, fixed + block * (a_position + 8 * d_model) + logits + head_is_wide * width * d_model * 4)
+        logits = block * width * (z + 2 * narrow)
+        return max(decode, fixed + block * (a_position + 8 * d_model) + logits + weight)
 
     # Rows that top_k.py hands back are decoded by the eager engine, with three quarters of the budget.
     again = Query(frozenset(), top_k=query.top_k)
@@ -290,7 +263,9 @@ def plan(
     block = min(positions, REFERENCE_POSITIONS) if divergences(query) else positions
     group, width = layers, min(REFERENCE_TILE, head.vocab)
     while needed(block, group, width) > memory_budget and (group > 1 or block > 1 or width > 256):
-        if group > 1:
+        if gradient and width > 2048:
+            width //= 2
+        elif group > 1:
             group = -(-group // 2)
         elif by_identity and width > 256 and width >= block:
             width //= 2

@@ -28,6 +28,7 @@ from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
+from tuned_lens_fast.loss import loss
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
@@ -76,6 +77,8 @@ class Lens(abc.ABC, nn.Module):
 
     #: Statistics of every layer and position.
     decode = decode
+    #: What the lens is trained on, differentiable.
+    loss = loss
 
     @torch.no_grad()
     def generate(
@@ -413,7 +416,7 @@ class TunedLens(Lens):
         """
         _check_layer("idx", idx, len(self))
         linear = self[idx]
-        return Translator(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        return Translator(linear.weight, linear.bias)
 
 
 def _width(unembed: Unembed) -> int:
