@@ -414,8 +414,8 @@ def test_ranks_where_a_narrow_product_rounds_unlike_a_tile_s(monkeypatch):
         pytest.skip("the same bits whatever is multiplied beside: tests/test_matmuls.py")
     multiply = kind.multiply
 
-    def rounding_otherwise(self, x, weight):
-        z = multiply(self, x, weight)
+    def rounding_otherwise(self, x, weight, out=None):
+        z = multiply(self, x, weight, out)
         return z if z.shape[1] >= 200 else z + 1e-4
 
     monkeypatch.setattr(kind, "multiply", rounding_otherwise)
@@ -478,7 +478,7 @@ class TestPlan:
         query = Query(frozenset(STATISTICS), top_k=10)
         sizes = []
         for budget in (2**28, 2**25, 2**23):
-            tiling = plan(30, 2048, 576, self.HEAD, query, 4, budget)
+            tiling = plan(30, 2048, 576, Matmul(self.HEAD), query, 4, budget)
             assert tiling.layers * tiling.positions >= 1
             sizes.append(tiling.layers * tiling.positions * tiling.tile)
             used = eager.scratch_bytes(tiling.layers * tiling.positions, tiling.tile, 576, self.HEAD, query, 4)
@@ -488,14 +488,14 @@ class TestPlan:
     def test_too_small_a_budget_names_the_smallest(self):
         query = Query(frozenset({"entropy"}))
         with pytest.raises(ValueError, match="memory_budget: got 1000 bytes; the smallest") as caught:
-            plan(30, 2048, 576, self.HEAD, query, 4, 1000)
+            plan(30, 2048, 576, Matmul(self.HEAD), query, 4, 1000)
         smallest = int(str(caught.value).split()[-1])
-        plan(30, 2048, 576, self.HEAD, query, 4, smallest)
+        plan(30, 2048, 576, Matmul(self.HEAD), query, 4, smallest)
         with pytest.raises(ValueError, match=str(smallest)):
-            plan(30, 2048, 576, self.HEAD, query, 4, smallest - 1)
+            plan(30, 2048, 576, Matmul(self.HEAD), query, 4, smallest - 1)
 
     def test_enormous_sizes_fit(self):
         head = Head(torch.empty(300_000, 16_384, dtype=torch.bfloat16, device="meta"))
-        tiling = plan(200, 10_000_000, 16_384, head, Query(frozenset(STATISTICS), top_k=100), 4, BUDGET)
+        tiling = plan(200, 10_000_000, 16_384, Matmul(head), Query(frozenset(STATISTICS), top_k=100), 4, BUDGET)
         assert tiling.tile >= 128
         assert tiling.positions >= 1

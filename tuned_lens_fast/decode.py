@@ -6,7 +6,6 @@ hidden state to statistics: ``nn`` says what a lens is, ``engines`` compute.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import DecodableLens, Query, Readout
+from tuned_lens_fast.engines.tiling import flattens
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
@@ -170,7 +170,7 @@ def _decode_views(
 
     Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
     """
-    if all(_flattens(entry) for entry in entries):
+    if all(flattens(entry) for entry in entries):
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
         return engine.decode(flat, readout, query, budget)
     parts = []
@@ -179,14 +179,6 @@ def _decode_views(
         part = query.at(slice(i * at_once, (i + 1) * at_once))
         parts.append(_decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
-
-
-def _flattens(entry: Tensor) -> bool:
-    """Whether ``[..., d_model]`` is a view ``[positions, d_model]``."""
-    lead = [(size, stride) for size, stride in zip(entry.shape[:-1], entry.stride()[:-1], strict=True) if size != 1]
-    return not entry.numel() or all(
-        stride == inner_size * inner for (_, stride), (inner_size, inner) in itertools.pairwise(lead)
-    )
 
 
 def _shaped(found: dict[str, Tensor], layers: int, lead: Sequence[int]) -> dict[str, Tensor]:

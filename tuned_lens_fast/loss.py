@@ -7,15 +7,17 @@ way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import ENGINES, choose, operators
-from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Norm, Readout, Translator
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.losses import Derivative, gradient_dtype, losses, question
+from tuned_lens_fast.engines.tiling import flattens
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
 
 
@@ -73,66 +75,75 @@ def loss(
     query = check_query(head, lead, targets, None if reference is None else reference.detach(), 0, None, stats)
     budget = check_budget(memory_budget)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
-    rows = [entry.reshape(-1, entry.shape[-1]) for entry in hidden]
-    readout = Readout.of(lens, numbers)
+    readout, mean = Readout.of(lens, numbers), reduction == "mean"
+    shares = counted = None
+    if mean:
+        counted = torch.full((), lead.numel(), device=head.weight.device)
+        if query.targets is not None:
+            counted = (query.targets != NO_TARGET).sum()
+        shares = counted.clamp(min=1).float().reciprocal().reshape(1, 1)
+    found = [_loss_of_rows(rows, readout, part, shares, chosen, budget) for rows, part in _flat_pieces(hidden, query)]
+    if counted is None:
+        return torch.cat(found, 1).reshape(len(hidden), *lead)
+    return torch.where(counted > 0, torch.stack(found).sum(0), torch.nan)
+
+
+def _flat_pieces(entries: Sequence[Tensor], query: Query) -> Iterator[tuple[list[Tensor], Query]]:
+    """Entries ``[..., width]`` as rows ``[positions, width]``, which are views, and the question about these.
+
+    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
+    """
+    if all(map(flattens, entries)):
+        yield [entry.reshape(-1, entry.shape[-1]) for entry in entries], query
+        return
+    at_once = entries[0][0].numel() // entries[0].shape[-1]
+    for i in range(entries[0].shape[0]):
+        yield from _flat_pieces([entry[i] for entry in entries], query.at(slice(i * at_once, (i + 1) * at_once)))
+
+
+def _loss_of_rows(
+    rows: Sequence[Tensor], readout: Readout, query: Query, shares: Tensor | None, engine: Engine, budget: int
+) -> Tensor:
+    """The losses of rows ``[positions, width]``: ``[L, positions]``, or times ``shares`` and added up, ``[L]``."""
+    norm, head = readout.norm, readout.head
     if norm.kind == "module":
         # An operator takes no modules: what is before the head is PyTorch's to differentiate.
-        rows = [
-            _at_head(h, translator, norm, head.weight.dtype)
-            for h, translator in zip(rows, readout.translators, strict=True)
-        ]
+        rows = [_at_head(h, translator, norm, head) for h, translator in zip(rows, readout.translators, strict=True)]
         readout = Readout((None,) * len(rows), Norm("identity"), head)
-    asked = operators.flat(rows, readout, question(query.targets, query.reference))
-    mean = reduction == "mean"
+    flat = operators.flat(rows, readout, question(query.targets, query.reference))
     # Without an average to be taken, what each row counts for is not known before the backward call.
-    now = _requiring_grad(*asked[:3]) if mean else [False] * 3
-    answer = torch.ops.tuned_lens_fast.lens_loss(*asked, None, mean, *now, chosen.name, budget)[0]
-    return answer if mean else answer.reshape(len(hidden), *lead)
+    now = [shares is not None and torch.is_grad_enabled() and any(t.requires_grad for t in group) for group in flat[:3]]
+    return torch.ops.tuned_lens_fast.lens_loss(*flat, shares, shares is not None, *now, engine.name, budget)[0]
 
 
-def _at_head(h: Tensor, translator: Translator | None, norm: Norm, dtype: torch.dtype) -> Tensor:
+def _at_head(h: Tensor, translator: Translator | None, norm: Norm, head: Head) -> Tensor:
     """norm(h + A h + c) of rows ``[positions, width]`` in the head's dtype, differentiable."""
     r = h.to(torch.promote_types(torch.float32, h.dtype))
     if translator is not None:
         bias = None if translator.bias is None else translator.bias.to(r.dtype)
         r = r + torch.nn.functional.linear(r, translator.weight.to(r.dtype), bias)
-    return norm(r).to(dtype)
-
-
-def _requiring_grad(*groups: Sequence[Tensor]) -> list[bool]:
-    """Of hidden states, weights and biases: whether gradients are wanted."""
-    return [torch.is_grad_enabled() and any(tensor.requires_grad for tensor in group) for group in groups]
+    return norm(r).to(head.weight.dtype)
 
 
 def _lens_loss(*flat: Any) -> list[Tensor]:
-    """The losses, ``[L]`` if they are to be averaged, else ``[L, P]``; then the gradients asked for, a layer each.
+    """The losses, then the gradients asked for, a layer each: those of hidden states, of weights, of biases.
 
-    Those of hidden states, then of weights, then of biases; without entries for layers that have none.
+    Losses are ``[L, positions]``, or with ``add_up`` times their shares and added up, ``[L]``. Layers without a
+    translator or a bias have no entry.
     """
-    hidden, readout, query, shares, mean, of_hidden, of_weights, of_biases, engine, budget = operators.bundled(*flat)
-    head, layers = readout.head, len(hidden)
-    positions = hidden[0].shape[0] if hidden else 0
-    count: Tensor | int = positions
-    if query.targets is not None:
-        count = (query.targets != NO_TARGET).sum()
+    hidden, readout, query, shares, add_up, of_hidden, of_weights, of_biases, engine, budget = operators.bundled(*flat)
     derivative = None
     if of_hidden or of_weights or of_biases:
-        if shares is None:
-            # Of no positions the mean is not defined, and its gradient nothing.
-            one = torch.ones(1, 1, device=head.weight.device)
-            shares = one / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         derivative = Derivative(shares, of_weights, of_biases, of_hidden)
-    with torch.autocast(head.weight.device.type, enabled=False):
-        if layers and positions:
+    if not hidden or not hidden[0].shape[0]:
+        rows = torch.empty(len(hidden), 0, device=readout.head.weight.device)
+        gradients = [like.zero_() for like in _differentiated(hidden, readout, derivative)]
+    else:
+        with torch.autocast(readout.head.weight.device.type, enabled=False):
             found = losses(ENGINES[engine], hidden, readout, query, derivative, budget)
-            rows, gradients = found.rows, [*found.hidden, *found.weights, *found.biases]
-            gradients = [gradient for gradient in gradients if gradient is not None]
-        else:
-            rows = torch.empty(layers, positions, device=head.weight.device)
-            gradients = [like.zero_() for like in _differentiated(hidden, readout, derivative)]
-        if mean:
-            rows = rows.sum(1) / count
-    return [rows, *gradients]
+        rows = found.rows
+        gradients = [g for g in (*found.hidden, *found.weights, *found.biases) if g is not None]
+    return [(rows * shares).sum(1) if add_up else rows, *gradients]
 
 
 def _differentiated(hidden: Sequence[Tensor], readout: Readout, derivative: Derivative | None) -> list[Tensor]:
@@ -159,7 +170,7 @@ def _differentiated(hidden: Sequence[Tensor], readout: Readout, derivative: Deri
 
 _LIBRARY = torch.library.Library("tuned_lens_fast", "FRAGMENT")
 _LIBRARY.define(
-    f"lens_loss({operators.SCHEMA}, Tensor? shares, bool mean, bool of_hidden, bool of_weights, bool of_biases, "
+    f"lens_loss({operators.SCHEMA}, Tensor? shares, bool add_up, bool of_hidden, bool of_weights, bool of_biases, "
     "str engine, int memory_budget) -> Tensor[]"
 )
 _LIBRARY.impl("lens_loss", _lens_loss, "CompositeExplicitAutograd")
@@ -167,19 +178,19 @@ _LIBRARY.impl("lens_loss", _lens_loss, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("tuned_lens_fast::lens_loss", lib=_LIBRARY)
 def _shapes(*flat: Any) -> list[Tensor]:
-    hidden, readout, _, _, mean, of_hidden, of_weights, of_biases, _, _ = operators.bundled(*flat)
+    hidden, readout, _, _, add_up, of_hidden, of_weights, of_biases, _, _ = operators.bundled(*flat)
     weight = readout.head.weight
     rows = weight.new_empty(len(hidden), hidden[0].shape[0] if hidden else 0, dtype=torch.float32)
     derivative = Derivative(weight, of_weights, of_biases, of_hidden)
-    return [rows.sum(1) if mean else rows, *_differentiated(hidden, readout, derivative)]
+    return [rows.sum(1) if add_up else rows, *_differentiated(hidden, readout, derivative)]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     """Gradients, where they are there; else all that came, for a second walk."""
     ctx.hidden_dtypes, ctx.weight_dtypes, ctx.bias_dtypes = ([t.dtype for t in group] for group in inputs[:3])
     ctx.translated, ctx.biased = inputs[3:5]
-    ctx.mean, ctx.wanted = inputs[operators.COUNT + 1], inputs[operators.COUNT + 2 : operators.COUNT + 5]
-    if ctx.mean:
+    ctx.added_up, ctx.wanted = inputs[operators.COUNT + 1], inputs[operators.COUNT + 2 : operators.COUNT + 5]
+    if ctx.added_up:
         ctx.save_for_backward(*output[1:])
         return
     ctx.layout = [
@@ -199,7 +210,7 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple:
         )
     slope = upstream[0]
     assert slope is not None
-    if ctx.mean:
+    if ctx.added_up:
         gradients = iter(ctx.saved_tensors)
     else:
         saved = iter(ctx.saved_tensors)
@@ -224,7 +235,7 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple:
     ):
         found.append(
             [
-                ((next(gradients) * slope[layer]) if ctx.mean else next(gradients)).to(dtype) if wanted else None
+                ((next(gradients) * slope[layer]) if ctx.added_up else next(gradients)).to(dtype) if wanted else None
                 for layer, dtype in zip(layers, dtypes, strict=True)
             ]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,9 +42,7 @@ class EagerEngine(Engine):
         matmul = self.matmul(readout.head)
         wide = max(torch.promote_types(torch.float32, dtype).itemsize for dtype in (hidden, readout.head.weight.dtype))
         layers = max(1, len(readout.translators))
-        return plan(
-            layers, positions, readout.width, readout.head, query, wide, memory_budget, matmul.scratch, gradient
-        )
+        return plan(layers, positions, readout.width, matmul, query, wide, memory_budget, gradient)
 
     def residual(self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], tiling: Tiling) -> Tensor:
         rows = [translated(h, translator, tiling.tile) for h, translator in zip(hidden, translators, strict=True)]
@@ -71,8 +69,9 @@ class EagerEngine(Engine):
         targets: int64 ``[rows]``; threshold: fp32 ``[rows]``, see :meth:`State.of_tile`.
         """
         state = u = None
+        room, scratch = matmul.room(x.rows, width), matmul.room(x.rows, width)
         for tile in matmul.tiles(width):
-            z = matmul(x, tile, width)
+            z = matmul(x, tile, width, room)
             part = State.of_tile(
                 z,
                 tile.start,
@@ -81,6 +80,7 @@ class EagerEngine(Engine):
                 threshold=threshold,
                 top_k=wanted.top_k,
                 m=None if state is None or not wanted.u else state.m,
+                scratch=scratch[:, : z.shape[1]],
             )
             if wanted.u:
                 u = z.new_zeros(len(z), matmul.head.weight.shape[1]) if u is None else u
@@ -97,13 +97,14 @@ class EagerEngine(Engine):
         matmul, width = self.matmul(head), tiling.tile
         rows, own = matmul.pack(x), matmul.pack(reference.x)
         found = {name: torch.zeros_like(state.m) for name in names}
+        rooms = [matmul.room(packed.rows, width) for packed in (own, rows)]
         for tile in matmul.tiles(width):
             log_p, log_q = (
-                matmul(packed, tile, width)
+                matmul(packed, tile, width, room)
                 .sub_(of.m.unsqueeze(1))
                 .sub_(of.log_s.unsqueeze(1))  # type: ignore[union-attr]
                 .clamp_(min=LOG_FLOOR)  # a token of probability 0 contributes nothing; 0 * (-inf) would
-                for packed, of in ((own, reference.state), (rows, state))
+                for packed, of, room in zip((own, rows), (reference.state, state), rooms, strict=True)
             )
             log_q = log_q.unflatten(0, (-1, len(log_p)))
             p, q = log_p.exp(), log_q.exp()
@@ -151,27 +152,26 @@ def plan(
     layers: int,
     positions: int,
     d_model: int,
-    head: Head,
+    matmul: Matmul,
     query: Query,
     wide: int,
     memory_budget: int,
-    of_matmul: Callable[[int, int], int] = lambda rows, tile: 0,
     gradient: bool = False,
 ) -> Tiling:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
 
-    ``of_matmul``: bytes that a product of so many rows and tokens needs beside its operands and its result.
-
     Raises:
         BudgetError: nothing fits; it names the smallest budget that works.
     """
+    head = matmul.head
     best_rows, best_tile = CPU_CHUNK if head.weight.device.type == "cpu" else GPU_CHUNK
     smallest = min(MIN_TILE, head.vocab)
     tile = min(best_tile, head.vocab)
     rows = min(best_rows, max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
-        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + of_matmul(rows, tile)
+        sums = gradient or "kl" in query.stats
+        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + matmul.scratch(rows, tile, sums)
 
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
         if tile > smallest and (tile >= rows or rows == 1):

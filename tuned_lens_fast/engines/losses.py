@@ -180,11 +180,12 @@ def _capped(
     matmul, width, at_once = engine.matmul(head), tiling.tile, _positions(query)
     rows = matmul.pack(x)
     own = None if reference is None else matmul.pack(reference.x)
+    room, slopes = matmul.room(len(x), width), matmul.room(len(x), width)
     loss = torch.zeros_like(state.m)
     sums = loss.new_zeros(x.shape) if gradient else None
     for tile in matmul.tiles(width):
-        z = matmul(rows, tile, width)
-        slope = (z / head.softcap).square_().neg_().add_(1).mul_(head.scale) if gradient else None
+        z = matmul(rows, tile, width, room)
+        slope = torch.div(z, head.softcap, out=slopes[:, : z.shape[1]]).square_().neg_().add_(1).mul_(head.scale)
         log_q = z.sub_(state.m.unsqueeze(1)).sub_(state.log_s.unsqueeze(1)).clamp_(min=LOG_FLOOR)
         q = log_q.exp().unflatten(0, (-1, at_once))
         if reference is not None and own is not None:
@@ -199,7 +200,7 @@ def _capped(
             column = query.targets - tile.start
             met = ((column >= 0) & (column < q.shape[-1])).nonzero().squeeze(1)
             q[:, met, column[met]] -= 1
-        if sums is not None and slope is not None:
+        if sums is not None:
             matmul.add_rows_of_weight(sums, slope.mul_(q.flatten(0, 1)), tile, exact=False)
     return loss, sums
 

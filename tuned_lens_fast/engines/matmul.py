@@ -42,27 +42,47 @@ class Matmul:
         #: Where PyTorch multiplies 16-bit numbers into fp32, they stay so; elsewhere both are widened.
         self.narrow = head.weight.is_cuda and dtype in (torch.bfloat16, torch.float16)
         self.operand = dtype if self.narrow else torch.promote_types(torch.float32, dtype)
+        self._wide: Tensor | None = None
 
     def pack(self, x: Tensor) -> Packed:
         """x ``[rows, d_model]`` in the head's dtype, for :meth:`multiply`."""
         return Packed(x.shape[0], x.to(self.operand))
 
-    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
-        """fp32 x W^T of rows of W in its own dtype, ``[rows, tokens]``."""
+    def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """fp32 x W^T of rows of W in its own dtype, ``[rows, tokens]``; on a CPU in ``out``, if that is given."""
         if self.narrow:
             return torch.mm(x.values, weight.t(), out_dtype=torch.float32)
-        return torch.mm(x.values, weight.to(self.operand).t()).float()
+        out = out if self.operand == torch.float32 else None
+        return torch.mm(x.values, self._widened(weight).t(), out=out).float()
 
-    def scratch(self, rows: int, tile: int) -> int:
-        """Bytes that :meth:`pack` and :meth:`multiply` need beside x, a tile of W in fp32 and the logits."""
+    def _widened(self, weight: Tensor) -> Tensor:
+        """Rows of W as PyTorch multiplies them, until the next ones are asked for.
+
+        Where they have to be another dtype they share one room, and so do a tile's logits with those before: to hand
+        memory back to the system and be given it anew takes a fifth of a product's time.
+        """
+        if weight.dtype == self.operand:
+            return weight
+        if self._wide is None or len(self._wide) < len(weight):
+            self._wide = weight.new_empty(weight.shape, dtype=self.operand)
+        return self._wide[: len(weight)].copy_(weight)
+
+    def scratch(self, rows: int, tile: int, sums: bool) -> int:
+        """Bytes that products need beside x, a tile of W in fp32 and the logits; ``sums``: also those that add up."""
         return 0
 
     def tiles(self, width: int) -> Iterator[slice]:
         """The vocabulary, ``width`` tokens at a time."""
         return slices(self.head.vocab, width)
 
-    def __call__(self, x: Packed, tokens: slice | Tensor, width: int) -> Tensor:
+    def room(self, rows: int, width: int) -> Tensor:
+        """For the logits of one tile after another: fp32 ``[rows, width]``, uninitialised."""
+        return torch.empty(rows, width, dtype=torch.float32, device=self.head.weight.device)
+
+    def __call__(self, x: Packed, tokens: slice | Tensor, width: int, out: Tensor | None = None) -> Tensor:
         """fp32 logits ``[rows, tokens]`` of a tile, or of the tokens with the ids given.
+
+        With ``out``, of :meth:`room`, they may be put there, over those that were there before.
 
         The last tile's product is as wide as the others, for the same shapes give the same rounding; the
         columns it shares with the tile before are cut off.
@@ -71,7 +91,10 @@ class Matmul:
         if isinstance(tokens, slice) and self.shape_dependent:
             skip = max(0, tokens.start - max(0, tokens.stop - width))
             tokens = slice(tokens.start - skip, tokens.stop)
-        return self._logits(self.multiply(x, self.head.weight[tokens]), tokens)[:, skip:]
+        weight = self.head.weight[tokens]
+        if out is not None and len(weight) < out.shape[1]:
+            out = out[:, : len(weight)]
+        return self._logits(self.multiply(x, weight, out), tokens)[:, skip:]
 
     def target_logits(self, x: Packed, targets: Tensor, width: int) -> Tensor:
         """Every row's target logit by a tile's own arithmetic: the diagonal of a product with the targets' rows of W.
@@ -98,15 +121,18 @@ class Matmul:
         if self.narrow and not exact:
             sums += torch.mm(shares.to(weight.dtype), weight, out_dtype=torch.float32)
         elif exact:
-            sums += shares @ weight.float()  # adding on the way, vendor libraries sum less exactly
+            sums += shares @ self._widened(weight).float()  # adding on the way, vendor libraries sum less exactly
         else:
-            sums.addmm_(shares, weight.float())
+            sums.addmm_(shares, self._widened(weight).float())
 
     def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
         """What the model makes of the products of these tokens."""
-        if self.head.bias is not None:
-            z += self.head.bias[tokens].float()
-        return self.head.transform(z)
+        head = self.head
+        if head.bias is not None:
+            z += head.bias[tokens].float()
+        if head.scale != 1.0:
+            z *= head.scale
+        return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
 class FmaMatmul(Matmul):
@@ -120,12 +146,12 @@ class FmaMatmul(Matmul):
         padded = torch.nn.functional.pad(x.float(), (0, 0, 0, packs * FMA_ROWS - x.shape[0]))
         return Packed(x.shape[0], padded.unflatten(0, (packs, FMA_ROWS)).transpose(1, 2).contiguous())
 
-    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
-        z = x.values.new_empty(x.rows, weight.shape[0])
+    def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        z = self.room(x.rows, weight.shape[0]) if out is None else out
         torch.ops.tuned_lens_fast.fma_matmul(x.values, _rows_contiguous(weight), z)
         return z
 
-    def scratch(self, rows: int, tile: int) -> int:
+    def scratch(self, rows: int, tile: int, sums: bool) -> int:
         weight = self.head.weight
         # Of the rows and of the reference: x padded and packed. Of every thread: a block of W.
         x = 2 * 2 * (rows + FMA_ROWS) * weight.shape[1] * 4
@@ -146,19 +172,30 @@ class AmxMatmul(Matmul):
         """``[parts, rows, d_model]`` in bf16."""
         return Packed(x.shape[0], bf16_parts(x.float(), self.parts))
 
-    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
-        weight = weight if weight.dtype == torch.bfloat16 else weight.float()
-        z = x.values.new_empty(x.rows, weight.shape[0], dtype=torch.float32)
+    def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        weight = weight if weight.dtype == torch.bfloat16 else self._widened(weight)
+        z = self.room(x.rows, weight.shape[0]) if out is None else out
         torch.ops.tuned_lens_fast.amx_matmul(x.values, _rows_contiguous(weight), self.most, z)
         return z
 
-    def scratch(self, rows: int, tile: int) -> int:
+    def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
+        if exact and self.parts == 1:
+            super().add_rows_of_weight(sums, shares, tokens, exact)
+            return
+        weight = self.head.weight[tokens]
+        weight = (weight if weight.dtype == torch.bfloat16 else weight.float()).t().contiguous()
+        added = self.room(*sums.shape)
+        torch.ops.tuned_lens_fast.amx_matmul(bf16_parts(shares, self.parts), weight, self.most, added)
+        sums += added
+
+    def scratch(self, rows: int, tile: int, sums: bool) -> int:
         weight = self.head.weight
         blocks, d_model = -(-tile // AMX_BLOCK), _padded(weight.shape[1])
         # Of the rows and of the reference: x and its parts. Of every thread: a block of W in its parts.
         x = 2 * _padded(rows) * d_model * (4 + 2 * self.parts)
-        block = min(_threads(), blocks) * 2 * AMX_BLOCK * d_model * self.parts
-        return x + block + tile * d_model * 4 * (weight.stride(1) != 1)
+        block = min(_threads(), blocks) * 2 * AMX_BLOCK * (d_model + _padded(tile) * sums) * self.parts
+        adding = (_padded(rows) * _padded(tile) * 2 * self.parts + rows * d_model * 4) * sums
+        return x + block + adding + tile * d_model * 4 * ((weight.stride(1) != 1) + sums)
 
 
 def bf16_split(dtype: torch.dtype, fp32_precision: str) -> tuple[int, int] | None:

@@ -127,8 +127,9 @@ class NativeEngine(EagerEngine):
             u, rescale = sums.new_zeros(x.rows, matmul.head.weight.shape[1]), sums.new_empty(x.rows)
         if threshold is not None:
             threshold = threshold.contiguous()
+        room = matmul.room(x.rows, width)
         for tile in matmul.tiles(width):
-            z = matmul(x, tile, width)
+            z = matmul(x, tile, width, room)
             in_pass = top
             if top is not None and k > MOST_IN_PASS:
                 top = largest_keys(torch.cat([top, tile_top_keys(z, tile.start, k)], 1), k)
@@ -144,9 +145,14 @@ class NativeEngine(EagerEngine):
         matmul, width = self.matmul(head), tiling.tile
         rows, own = matmul.pack(x), matmul.pack(reference.x)
         sums = state.m.new_zeros(len(DIVERGENCES), x.shape[0])
+        rooms = [matmul.room(packed.rows, width) for packed in (own, rows)]
         normalisers = [torch.stack([of.m, of.log_s]) for of in (reference.state, state)]  # type: ignore[list-item]
         for tile in matmul.tiles(width):
             torch.ops.tuned_lens_fast.tile_divergences(
-                matmul(own, tile, width), matmul(rows, tile, width), *normalisers, "js" in names, sums
+                matmul(own, tile, width, rooms[0]),
+                matmul(rows, tile, width, rooms[1]),
+                *normalisers,
+                "js" in names,
+                sums,
             )
         return {name: total for name, total in zip(DIVERGENCES, sums, strict=True) if name in names}

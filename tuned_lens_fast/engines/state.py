@@ -113,6 +113,7 @@ class State:
         threshold: Tensor | None = None,
         top_k: int = 0,
         m: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> State:
         """The state of one vocabulary tile, whose logits are overwritten with exp(z - m).
 
@@ -126,9 +127,10 @@ class State:
             top_k: how many keys to keep.
             m: fp32 ``[rows]``, the least that the state's m is to be: that of the tiles before, so that exp(z - m) can
                 be added to theirs.
+            scratch: fp32 like z, which is written over; its own if None.
         """
         found, r, top = None, None, None
-        scratch = torch.empty_like(z)
+        scratch = torch.empty_like(z) if scratch is None else scratch
         if targets is not None:
             column = (targets - first).unsqueeze(1)
             met = (column >= 0) & (column < z.shape[1])

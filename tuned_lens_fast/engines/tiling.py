@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -20,6 +21,14 @@ def slices(total: int, size: int) -> Iterator[slice]:
 def even(total: int, most: int) -> int:
     """The size of equal parts of ``total``, none larger than ``most``."""
     return math.ceil(total / math.ceil(total / most)) if total else 1
+
+
+def flattens(entry: Tensor) -> bool:
+    """Whether ``[..., d_model]`` is a view ``[positions, d_model]``."""
+    lead = [(size, stride) for size, stride in zip(entry.shape[:-1], entry.stride()[:-1], strict=True) if size != 1]
+    return not entry.numel() or all(
+        stride == inner_size * inner for (_, stride), (inner_size, inner) in itertools.pairwise(lead)
+    )
 
 
 def empty_answer(layers: int, positions: int, query: Query, device: torch.device) -> dict[str, Tensor]:
