@@ -8,6 +8,7 @@ way back.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,9 @@ def loss(
     hidden, lead = check_hidden(hidden_states, head, norm.hidden_width(head))
     numbers = check_layers(lens, layers, len(hidden))
     stats = ["kl"] if targets is None else ["log_prob"]
-    query = check_query(head, lead, targets, None if reference is None else reference.detach(), 0, None, stats)
+    query = check_query(head, lead, targets, reference, 0, None, stats)
+    if query.reference is not None:
+        query = replace(query, reference=query.reference.detach())
     budget = check_budget(memory_budget)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     readout, mean = Readout.of(lens, numbers), reduction == "mean"
@@ -189,6 +192,8 @@ def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     """Gradients, where they are there; else all that came, for a second walk."""
     ctx.hidden_dtypes, ctx.weight_dtypes, ctx.bias_dtypes = ([t.dtype for t in group] for group in inputs[:3])
     ctx.translated, ctx.biased = inputs[3:5]
+    # For what cannot be differentiated autograd wants None, or as many of them as a list has entries.
+    ctx.none = [[] if isinstance(value, list) and not value else None for value in inputs[3:]]
     ctx.added_up, ctx.wanted = inputs[operators.COUNT + 1], inputs[operators.COUNT + 2 : operators.COUNT + 5]
     if ctx.added_up:
         ctx.save_for_backward(*output[1:])
@@ -239,7 +244,7 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple:
                 for layer, dtype in zip(layers, dtypes, strict=True)
             ]
         )
-    return *found, *[None] * (operators.COUNT + 7 - 3)
+    return *found, *ctx.none
 
 
 torch.library.register_autograd("tuned_lens_fast::lens_loss", _backward, setup_context=_save, lib=_LIBRARY)
