@@ -9,9 +9,10 @@ import reference
 import torch
 from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_void, problem
 
-from tuned_lens_fast.engines import choose
+from tuned_lens_fast.engines import choose, operators
 from tuned_lens_fast.engines.eager import EagerEngine
-from tuned_lens_fast.engines.interface import Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.losses import Derivative, losses, question
 from tuned_lens_fast.engines.triton import TritonEngine, plan
 from tuned_lens_fast.kernels.launch import built_in_tile
 
@@ -131,6 +132,34 @@ def test_chunks_mean_the_same(device):
     assert_close(got, whole)
 
 
+@pytest.mark.parametrize("kind", ["kl", "ce"])
+@pytest.mark.parametrize(("dtype", "options"), [(BF16, {}), (FP16, {"bias": True}), (FP32, {"softcap": 3.0})], ids=str)
+def test_losses_and_gradients(dtype, options, kind, device):
+    """Against the eager engine, which is held to float64 autograd; whole, and in the smallest pieces."""
+    d_model, positions = 32, 5
+    asked = problem(dtype, d_model, 203, device, positions=positions, stats=ONE_PASS | {"kl"}, **options)
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(d_model, d_model, generator=generator) / 9).to(device)
+    readout = Readout((Translator(weight, weight[0]), None), Norm("rms", weight[1] + 1, eps=1e-6), asked.head)
+    asked_of = question(asked.query.targets, None) if kind == "ce" else question(None, asked.query.reference)
+    derivative = Derivative(torch.full((1, 1), 0.2, device=device), True, True, True)
+
+    def found(engine, budget=BUDGET):
+        answer = losses(engine, asked.hidden, readout, asked_of, derivative, budget)
+        return [answer.rows, answer.weights[0], answer.biases[0], *answer.hidden]
+
+    want = found(EagerEngine())
+    with pytest.raises(BudgetError) as refused:
+        found(ENGINE, 1)
+    for budget in (BUDGET, refused.value.smallest):
+        for mine, theirs in zip(found(ENGINE, budget), want, strict=True):
+            # x, and what is multiplied with W again, are rounded to W's dtype; some targets cannot be said at all.
+            assert torch.equal(mine.isinf(), theirs.isinf())
+            sound = theirs.isfinite()
+            off = (mine - theirs)[sound].abs().max() / theirs[sound].abs().max()
+            assert off <= {BF16: 2e-2, FP16: 3e-3, FP32: 1e-5}[dtype]
+
+
 @pytest.mark.parametrize("stats", [ONE_PASS, ONE_PASS | {"kl"}, ONE_PASS | DIVERGENCES], ids=len)
 @pytest.mark.parametrize("top_k", [0, 10])
 def test_plans(stats, top_k, device):
@@ -176,14 +205,10 @@ def test_where_it_works(monkeypatch):
 
 def operands(asked, top_k):
     """The operator's, in its order."""
-    head, query = asked.head, asked.query
-    norm = Norm("rms", torch.ones_like(head.weight[0]), eps=1e-6)
-    translators = [torch.zeros_like(head.weight[: asked.head.weight.shape[1]]), None]
-    return (
-        asked.hidden, translators, [None, None], norm.kind, norm.weight, norm.bias, norm.eps,
-        norm.unit_offset, norm.factor, head.weight, head.bias, head.scale, head.softcap,
-        sorted(query.stats), query.targets, query.reference, query.watch, top_k, 2**26,
-    )  # fmt: skip
+    d_model = asked.head.weight.shape[1]
+    norm = Norm("rms", torch.ones_like(asked.head.weight[0]), eps=1e-6)
+    readout = Readout((Translator(torch.zeros_like(asked.head.weight[:d_model])), None), norm, asked.head)
+    return (*operators.flat(asked.hidden, readout, dataclasses.replace(asked.query, top_k=top_k)), 2**26)
 
 
 @pytest.mark.slow

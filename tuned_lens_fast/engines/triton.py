@@ -34,6 +34,7 @@ else:
     MISSING = None
     from tuned_lens_fast.kernels import divergence, launch, target_logits, top_k, translate, vocabulary_pass
     from tuned_lens_fast.kernels import norm as norm_kernel
+    from tuned_lens_fast.kernels.logits import MASKED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: The reference's u is two products a position; more positions at once than this do not make them faster.
@@ -117,6 +118,8 @@ class TritonEngine(Engine):
         if wanted.targets is not None:
             targets = target_logits.target_logits(x, head, wanted.targets.repeat(len(x) // len(wanted.targets)), tile)
         if wanted.u:
+            if targets is not None:
+                targets = targets.masked_fill_(targets <= MASKED.value, float("-inf"))
             return replace(self._expectation(x, head, wanted.u == "exact", tiling.tile), target=targets)
         state, group_maxima = vocabulary_pass.vocabulary_pass(
             x, head, tile, target_logits=targets, running=wanted.running, group_maxima=wanted.top_k > 0
