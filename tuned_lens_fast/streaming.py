@@ -34,6 +34,7 @@ from tuned_lens_fast.validation import (
     check_model,
     check_query,
     kind,
+    layers_of,
 )
 
 
@@ -178,7 +179,7 @@ def prepare(
     blocks = get_transformer_layers(model)[1]
     _check_lens(model, lens, len(blocks))
     head = lens.unembed.head
-    numbers = [*range(len(blocks))] if layers is None else check_layer_numbers(layers, len(blocks))
+    numbers = layers_of(lens, len(blocks)) if layers is None else check_layer_numbers(lens, layers, len(blocks))
     if isinstance(targets, str):
         if targets != "next":
             raise ValueError(f"targets: got {targets!r}, wanted 'next', ids or None")

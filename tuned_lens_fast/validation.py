@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query
 from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
+from tuned_lens_fast.messages import ranges
 from tuned_lens_fast.models.wrappers import unwrapped
 
 #: Bytes of scratch beyond inputs and results where the caller names none: 256 MiB.
@@ -54,7 +55,7 @@ def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: 
 
 
 def check_layers(lens: DecodableLens, layers: Iterable[int] | None, entries: int) -> list[int]:
-    """The translator number of every entry of hidden_states."""
+    """The translator number of every entry of hidden_states; of those that the lens has, if ``layers`` is None."""
     count = len(lens) if isinstance(lens, Sized) else getattr(lens.unembed, "num_hidden_layers", None)
     if layers is None:
         if count is not None and entries != count:
@@ -64,20 +65,29 @@ def check_layers(lens: DecodableLens, layers: Iterable[int] | None, entries: int
                 else "; name those given with layers="
             )
             raise ValueError(f"hidden_states: got {entries} entries for the lens's {count} layers{hint}")
-        return list(range(entries))
-    numbers = check_layer_numbers(layers, count)
+        return layers_of(lens, entries)
+    numbers = check_layer_numbers(lens, layers, count)
     if len(numbers) != entries:
         raise ValueError(f"layers: got {len(numbers)} for {entries} entries of hidden_states")
     return numbers
 
 
-def check_layer_numbers(layers: Iterable[int], count: int | None) -> list[int]:
+def layers_of(lens: DecodableLens, count: int) -> list[int]:
+    """Those of a model's ``count`` layers that the lens has."""
+    has = getattr(lens, "translated_layers", None)
+    return [*range(count)] if has is None else [*has]
+
+
+def check_layer_numbers(lens: DecodableLens, layers: Iterable[int], count: int | None) -> list[int]:
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: got {kind(layers)}, wanted a sequence of ints")
     numbers = [_index("layers", number) for number in layers]
+    has = getattr(lens, "translated_layers", None)
     for number in numbers:
         if number < 0 or (count is not None and number >= count):
             raise IndexError(f"layers: got {number}, wanted 0 to {'any' if count is None else count - 1}")
+        if has is not None and number not in has:
+            raise IndexError(f"layers: got {number}, and the lens has only {ranges(has)}")
     return numbers
 
 
