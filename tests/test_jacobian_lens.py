@@ -86,6 +86,8 @@ def test_it_reads_what_its_own_code_reads(tmp_path, model, matrices, name):
         lens = TunedLens.from_model_and_pretrained(model, path)
     assert lens.translated_layers == [*range(1, LAYERS)]
     assert len(lens) == LAYERS
+    for block, matrix in matrices.items():
+        torch.testing.assert_close(lens[block + 1].weight, matrix.float() - torch.eye(D_MODEL))
     logits = by_definition(model, matrices)
     stats = decode_model(model, lens, IDS, top_k=3)
     assert stats.layers.tolist() == [*range(1, LAYERS + 1)]

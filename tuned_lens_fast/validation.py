@@ -219,6 +219,28 @@ def check_input_ids(model: Any, input_ids: Any, attention_mask: Any) -> None:
             raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}, wanted {list(input_ids.shape)}")
 
 
+def check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
+    """Token ids of every document, int32 on the CPU."""
+    if not isinstance(documents, Iterable):
+        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
+    vocab = model.get_input_embeddings().weight.shape[0]
+    held = []
+    for number, document in enumerate(documents):
+        try:
+            tokens = torch.as_tensor(document)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError(
+                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
+            )
+        check_ids(f"documents: document {number}", tokens, vocab)
+        held.append(tokens.to("cpu", torch.int32))
+    if not held:
+        raise ValueError("documents: got none")
+    return held
+
+
 def _index(name: str, value: Any) -> int:
     """An int, or whatever stands for one: numpy's, a tensor of one element."""
     try:
