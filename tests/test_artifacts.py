@@ -441,7 +441,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = st.sampled_from([*FIRST, *TunedLensConfig("", 1, 1).to_dict(), "unemebd_hash", "banana"])
+KEYS = st.sampled_from([*FIRST, *vars(TunedLensConfig("", 1, 1)), "unemebd_hash", "banana"])
 
 
 @settings(max_examples=200, deadline=None)
