@@ -224,6 +224,10 @@ def test_it_is_read_where_it_has_layers(model, lens):
     assert whole.layers.tolist() == [1, 2]
     assert torch.equal(whole.lse, lens.decode(states[1:], layers=[1, 2]).lse)
     assert torch.equal(whole.lse, lens.decode(torch.stack(states)).lse)
+    targets = IDS.roll(-1)
+    losses = lens.loss(states, targets=targets)
+    assert losses.shape == (2,)
+    assert torch.equal(losses, lens.loss(states[1:], layers=[1, 2], targets=targets))
     assert torch.equal(decode_model(model, lens, IDS, layers=[2]).lse, decode_model(model, lens, IDS).lse[1:])
     with pytest.raises(ValueError, match="got 2 entries for the lens's 3 layers"):
         lens.decode(states[1:])

@@ -69,9 +69,7 @@ def decode(
     """
     head = lens.unembed.head
     hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head))
-    numbers = check_layers(lens, layers, len(hidden))
-    if layers is None:
-        hidden = [hidden[number] for number in numbers]
+    hidden, numbers = check_layers(lens, layers, hidden)
     query = check_query(head, lead, targets, reference, top_k, watch, stats)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     found = _decode_views(chosen, hidden, Readout.of(lens, numbers), query, check_budget(memory_budget))

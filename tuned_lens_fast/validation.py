@@ -54,22 +54,27 @@ def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: 
     return entries, shape[:-1]
 
 
-def check_layers(lens: DecodableLens, layers: Iterable[int] | None, entries: int) -> list[int]:
-    """The translator number of every entry of hidden_states; of those that the lens has, if ``layers`` is None."""
+def check_layers(
+    lens: DecodableLens, layers: Iterable[int] | None, entries: list[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """Those of the entries of hidden_states that are read, and the translator number of each: all with ``layers``, else
+    those of the layers that the lens has.
+    """
     count = len(lens) if isinstance(lens, Sized) else getattr(lens.unembed, "num_hidden_layers", None)
     if layers is None:
-        if count is not None and entries != count:
+        if count is not None and len(entries) != count:
             hint = (
                 "; transformers' hidden_states have one entry more, already normed: pass hidden_states[:-1]"
-                if entries == count + 1
+                if len(entries) == count + 1
                 else "; name those given with layers="
             )
-            raise ValueError(f"hidden_states: got {entries} entries for the lens's {count} layers{hint}")
-        return layers_of(lens, entries)
+            raise ValueError(f"hidden_states: got {len(entries)} entries for the lens's {count} layers{hint}")
+        numbers = layers_of(lens, len(entries))
+        return [entries[number] for number in numbers], numbers
     numbers = check_layer_numbers(lens, layers, count)
-    if len(numbers) != entries:
-        raise ValueError(f"layers: got {len(numbers)} for {entries} entries of hidden_states")
-    return numbers
+    if len(numbers) != len(entries):
+        raise ValueError(f"layers: got {len(numbers)} for {len(entries)} entries of hidden_states")
+    return entries, numbers
 
 
 def layers_of(lens: DecodableLens, count: int) -> list[int]:
