@@ -201,18 +201,89 @@ def test_safetensors(tmp_path, model, lens):
 
 
 @pytest.mark.parametrize("config", [FIRST | {"include_input": False}, SECOND | {"include_input": False}])
+@pytest.mark.usefixtures("quiet")
 def test_without_the_inputs_translator(tmp_path, model, lens, config):
     state = {k: v for k, v in renamed(lens, model, "translator").items() if not k.startswith("input")}
     write(tmp_path, config, state)
-    with pytest.warns(UserWarning, match="include_input: the lens has no translator of layer 0"):
-        loaded = TunedLens.from_model_and_pretrained(model, tmp_path)
+    loaded = TunedLens.from_model_and_pretrained(model, tmp_path)
+    assert loaded.translated_layers == [*range(1, LAYERS)]
     h = torch.randn(5, D_MODEL)
-    assert torch.equal(loaded(h, 0), lens.unembed(h))
     for i in range(1, LAYERS):
         assert torch.equal(loaded(h, i), lens(h, i))
     write(tmp_path, config | {"include_input": True}, state)
     with pytest.raises(ValueError, match=r"lacks '0\.weight', '0\.bias'"):
         TunedLens.from_model_and_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("parts", [("u", "v"), ("u", "v", "scale"), ("u", "v", "bias"), ("u", "v", "scale", "bias")])
+@pytest.mark.parametrize("kind", ["probe", "adapter"])
+@pytest.mark.usefixtures("quiet")
+def test_low_rank(tmp_path, model, kind, parts):
+    """white_box.nn.LowRankLinear: linear(x @ v, u, bias) + x * scale."""
+    torch.manual_seed(1)
+    shapes = {"u": (D_MODEL, 5), "v": (D_MODEL, 5), "scale": (D_MODEL,), "bias": (D_MODEL,)}
+    names = [f"input_{kind}", *(f"layer_{kind}s.{i}" for i in range(LAYERS - 1))]
+    factors = [{part: torch.randn(shapes[part]) for part in parts} for _ in names]
+    state = model_end(model)
+    for name, of_layer in zip(names, factors, strict=True):
+        state |= {f"{name}.{part}": tensor for part, tensor in of_layer.items()}
+    loaded = TunedLens.from_model_and_pretrained(
+        model, write(tmp_path, FIRST | {"rank": 5, "bias": "bias" in parts}, state)
+    )
+    h = torch.randn(7, D_MODEL).double()
+    for i, of_layer in enumerate(factors):
+        f = {part: tensor.double() for part, tensor in of_layer.items()}
+        want = h + torch.nn.functional.linear(h @ f["v"], f["u"], f.get("bias")) + h * f.get("scale", 0)
+        torch.testing.assert_close(loaded.transform_hidden(h, i), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": (D_MODEL, 4)}, r"layer 0 is of low rank with .*wanted u and v \[32, rank\]"),
+        ({"u": (D_MODEL, D_MODEL + 1), "v": (D_MODEL, D_MODEL + 1)}, "layer 0 is of low rank"),
+        ({"u": (D_MODEL,), "v": (D_MODEL,)}, "layer 0 is of low rank"),
+        ({"u": (), "v": ()}, "layer 0 is of low rank"),
+        ({"v": None}, "layer 0 is of low rank"),
+        ({"u": None}, r"lacks '0\.weight'.*unknown '0\.v'"),
+        ({"scale": (3,)}, "layer 0 is of low rank"),
+        ({"weight": (D_MODEL, D_MODEL)}, r"two entries for '0\.weight'"),
+    ],
+)
+def test_low_rank_that_is_none(tmp_path, model, lens, changes, message):
+    shapes = {"u": (D_MODEL, 5), "v": (D_MODEL, 5), "bias": (D_MODEL,)} | changes
+    state = {k: v for k, v in renamed(lens, model, "probe").items() if not k.startswith("input")}
+    state |= {f"input_probe.{part}": torch.ones(shape) for part, shape in shapes.items() if shape is not None}
+    with pytest.raises(ValueError, match=message):
+        TunedLens.from_model_and_pretrained(model, write(tmp_path, FIRST | {"rank": 5}, state))
+
+
+# --- lenses that lack layers ---
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("ckpt", ["params.pt", "params.safetensors"])
+def test_what_a_lens_lacks_is_saved_and_loaded(tmp_path, model, lens, ckpt):
+    config = TunedLensConfig("some/model", D_MODEL, LAYERS, translated_layers=[0, 2])
+    part = TunedLens(Unembed(model), config)
+    for i in (0, 2):
+        part[i].load_state_dict(lens[i].state_dict())
+    part.save(tmp_path, ckpt=ckpt)
+    assert json.loads((tmp_path / "config.json").read_text())["translated_layers"] == [0, 2]
+    loaded = TunedLens.from_model_and_pretrained(model, tmp_path)
+    assert loaded.config == part.config
+    assert loaded.state_dict().keys() == part.state_dict().keys()
+    h = torch.randn(5, D_MODEL)
+    for i in (0, 2, -1):
+        assert torch.equal(loaded(h, i), lens(h, i))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | {"translated_layers": [0, 1]}))
+    with pytest.raises(ValueError, match=r"lacks '1\.weight', '1\.bias' and has unknown '2\.bias', '2\.weight'"):
+        TunedLens.from_model_and_pretrained(model, tmp_path)
+
+
+def test_a_whole_lens_says_nothing_of_layers(lens):
+    assert "translated_layers" not in lens.config.to_dict()
+    assert lens.translated_layers is None
 
 
 @pytest.mark.parametrize("include_final", [{"include_final": True}, {}])
@@ -238,7 +309,6 @@ def test_the_models_own_output_has_no_translator(tmp_path, model, lens, include_
         ("layer_norm", True),
         ("mlp_hidden_sizes", [64]),
         ("shared_mlp_hidden_sizes", [64, 64]),
-        ("rank", 8),
         ("sublayers", True),
         ("orthogonal", True),
         ("extra_layers", 2),
@@ -325,6 +395,11 @@ def test_nothing_is_allocated_for_what_a_config_claims(tmp_path, model, lens, ch
         TunedLens.from_model_and_pretrained(model, tmp_path)
     with pytest.raises(ValueError, match=r"does not fit its config|has shape \[32, 32\], wanted"):
         read_artifact(tmp_path / "config.json", tmp_path / "params.pt")
+    changes = {{"num_hidden_layers": "num_layers"}.get(name, name): value for name, value in changes.items()}
+    state = {k: v for k, v in renamed(lens, tiny("gpt2"), "probe").items() if not k.startswith("input")}
+    write(tmp_path, FIRST | {"include_input": False} | changes, state)
+    with pytest.raises(ValueError, match=r"does not fit its config|has shape \[32, 32\], wanted"):
+        read_artifact(tmp_path / "config.json", tmp_path / "params.pt")
 
 
 @pytest.mark.parametrize(
@@ -341,6 +416,10 @@ def test_nothing_is_allocated_for_what_a_config_claims(tmp_path, model, lens, ch
         ({"base_model_revision": 3}, "base_model_revision is 3"),
         ({"unembed_hash": [1]}, r"unembed_hash is \[1\]"),
         ({"lens_type": None}, "lens_type is None"),
+        *(
+            ({"translated_layers": layers}, r"translated_layers is .*, wanted some of 0 to 2, in order")
+            for layers in ([], [3], [-1], [1, 1], [2, 1], [True], [0.0], "01", {"0": 1}, 5)
+        ),
     ],
 )
 def test_configs_with_wrong_types(tmp_path, values, message):
@@ -362,7 +441,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = st.sampled_from([*FIRST, *TunedLensConfig("", 1, 1).to_dict(), "unemebd_hash", "banana"])
+KEYS = st.sampled_from([*FIRST, *vars(TunedLensConfig("", 1, 1)), "unemebd_hash", "banana"])
 
 
 @settings(max_examples=200, deadline=None)

@@ -477,7 +477,7 @@ def test_info(saved, tuned, capsys):
         ("[" * 100_000, r"config\.json is no JSON"),
         ("[]", r"config\.json holds a list, wanted an object"),
         ('{"d_model": "x", "num_layers": 2}', "d_model is 'x', wanted a positive integer"),
-        ('{"d_model": 2, "num_layers": 2, "rank": 3}', "rank is 3, so its translators are of low rank"),
+        ('{"d_model": 2, "num_layers": 2, "pre_ln": true}', "pre_ln is True, so the final norm comes before"),
         ("{}", "base_model_name_or_path, d_model, num_hidden_layers missing"),
     ],
 )

@@ -14,10 +14,12 @@ from tuned_lens_fast.engines import engines
 from tuned_lens_fast.models.residual_stream import residual_stream
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed
 from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.training.evaluation import Evaluation, evaluate
 
 __version__ = version("tuned-lens-fast")
 
 __all__ = [
+    "Evaluation",
     "Lens",
     "LensStats",
     "LogitLens",
@@ -28,6 +30,7 @@ __all__ = [
     "decode_documents",
     "decode_model",
     "engines",
+    "evaluate",
     "load_artifacts",
     "model_surgery",
     "nn",

@@ -11,16 +11,19 @@ Every version's lens is ``h + (W h + b)`` for each layer; names and counts diffe
 - ``lens.state_dict()`` of the latter: ``layer_translators.i``, layer i's, beside ``unembed.*``; training
   snapshots have that as their entry ``lens``, with ``module.`` before every name if several GPUs trained.
 
-What early versions could do besides is refused by the name of its key.
+Early translators of low rank, ``u v^T + diag(scale)``, become the matrix that they are; what early versions could do
+besides is refused by the name of its key. A lens of this package may lack layers: its config has
+``translated_layers``. :mod:`tuned_lens_fast.jacobian_lens` reads lenses of another kind into the same form.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,6 @@ _REFUSED_OPTIONS = {
     "layer_norm": "hidden states are normalised before the translators",
     "mlp_hidden_sizes": "its translators are MLPs",
     "shared_mlp_hidden_sizes": "an MLP follows the translators",
-    "rank": "its translators are of low rank",
     "sublayers": "it has translators for what attention puts out, too",
     "orthogonal": "its translators are parametrised as rotations",
     "extra_layers": "blocks of the model follow the translators",
@@ -54,11 +56,11 @@ _REFUSED_ENTRIES = {
 }
 #: Options of those versions that say nothing about a trained lens, or are read elsewhere in this module.
 _OLD_OPTIONS = {
-    *("dropout", "identity_init", "include_input", "include_final", "share_weights"),
+    *("dropout", "identity_init", "include_input", "include_final", "rank", "share_weights"),
     *("model_config", "model_name", "num_layers", "vocab_size", *_REFUSED_OPTIONS),
 }
-_INPUT = re.compile(r"input_(?:probe|adapter|translator)\.(weight|bias)")
-_LAYER = re.compile(r"(?:layer_(probe|adapter|translator)s\.)?(0|[1-9][0-9]{0,8})\.(weight|bias)")
+_INPUT = re.compile(r"input_(?:probe|adapter|translator)\.(weight|bias|u|v|scale)")
+_LAYER = re.compile(r"(?:layer_(probe|adapter|translator)s\.)?(0|[1-9][0-9]{0,8})\.(weight|bias|u|v|scale)")
 _MODEL_END = {"layer_norm.": "final_norm.", "unembedding.": "unembedding.", "unembed.": ""}
 
 
@@ -73,10 +75,13 @@ class TunedLensConfig:
     base_model_revision: str | None = None
     unembed_hash: str | None = None  #: :meth:`Unembed.unembedding_hash` of the model
     lens_type: str = "linear_tuned_lens"
+    translated_layers: list[int] | None = None  #: those that have a translator, in order; all if None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
+        """The fields by name, ready for JSON; ``translated_layers`` only where some layers are missing, since
+        tuned-lens has no such field.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "translated_layers" or value is not None}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> TunedLensConfig:
@@ -118,6 +123,11 @@ class TunedLensConfig:
                 raise ValueError(f"lens config: {name} is {quoted(value)}, wanted a string")
         if config.lens_type != "linear_tuned_lens":
             raise ValueError(f"lens config: lens_type is {quoted(config.lens_type)}, wanted 'linear_tuned_lens'")
+        if config.translated_layers is not None and not _are_layers(config.translated_layers, config.num_hidden_layers):
+            raise ValueError(
+                f"lens config: translated_layers is {quoted(config.translated_layers)}, wanted some of 0 to "
+                f"{config.num_hidden_layers - 1}, in order"
+            )
         return config
 
 
@@ -151,8 +161,8 @@ def read_artifact(
         d_model, layers: of that model; a lens of others is refused before its checkpoint is opened.
 
     Warns:
-        UserWarning: the config has unknown keys, or the lens has no translator of layer 0, or one of the
-            model's own output, which is left out.
+        UserWarning: the config has unknown keys, or the lens has a translator of the model's own output, which is
+            left out.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -165,14 +175,15 @@ def read_artifact(
     if layers not in (None, config.num_hidden_layers):
         raise ValueError(f"config: a lens of {config.num_hidden_layers} layers for a model of {layers} ({config_path})")
     state = _state_dict(load_checkpoint(ckpt_path), ckpt_path)
-    stored, model_end, first = _name_alike(state, config, values, ckpt_path)
-    _check_shapes(stored, config, ckpt_path, first)
-    translators = {name: _read(name, tensor, ckpt_path) for name, tensor in stored.items()}
+    stored, model_end, without_input = _name_alike(state, config, values, ckpt_path)
+    if without_input:
+        # No more layers than there are tensors for, however many the config claims.
+        end = min(config.num_hidden_layers, len(stored) + 2)
+        config = replace(config, translated_layers=[*range(1, end)])
+    _multiply(stored, config, ckpt_path)
+    _check_shapes(stored, config, ckpt_path)
+    translators = {name: own_tensor(name, tensor, ckpt_path) for name, tensor in stored.items()}
     differing = [] if unembed is None else _differing(model_end, unembed)
-    if first == 1:
-        kinds = ("weight", "bias") if config.bias else ("weight",)
-        zeros = {f"0.{kind}": torch.zeros_like(translators[f"1.{kind}"]) for kind in kinds}
-        translators = zeros | translators
     return Artifact(config, translators, differing)
 
 
@@ -212,6 +223,16 @@ def _read_config(path: Path) -> tuple[TunedLensConfig, dict[str, Any]]:
         raise ValueError(f"{error} ({path})") from error
 
 
+def _are_layers(value: Any, count: int) -> bool:
+    """Whether ``value`` is a list of some of the layers 0 to ``count - 1``, in order."""
+    return (
+        isinstance(value, list)
+        and all(type(layer) is int for layer in value)
+        and all(low < high for low, high in itertools.pairwise([-1, *value, count]))
+        and bool(value)
+    )
+
+
 def _from_old(values: dict[str, Any]) -> dict[str, Any]:
     """The config of a version before 0.1.0 by today's names; keys unknown to those versions stay."""
     for key, meaning in _REFUSED_OPTIONS.items():
@@ -243,8 +264,8 @@ def _state_dict(state: Any, path: Path) -> dict[str, Tensor]:
 
 def _name_alike(
     state: dict[str, Tensor], config: TunedLensConfig, values: dict[str, Any], path: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """The translators by today's names, what ``state`` holds of the model, and the first layer with a translator."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """The translators by today's names, what ``state`` holds of the model, and whether layer 0 has no translator."""
     translators: dict[str, Tensor] = {}
     model_end: dict[str, Tensor] = {}
     old = "num_layers" in values and "num_hidden_layers" not in values
@@ -270,21 +291,42 @@ def _name_alike(
             raise ValueError(f"checkpoint: {path} holds two entries for {quoted(todays)}, one of them {quoted(name)}")
         kept[todays] = tensor
     last = config.num_hidden_layers
-    if shifted and f"{last}.weight" in translators and values.get("include_final", True):
+    own = f"{last}."
+    if shifted and any(name.startswith(own) for name in translators) and values.get("include_final", True):
         warnings.warn("include_final: the lens's translator of the model's own output is left out", stacklevel=5)
-        translators = {name: t for name, t in translators.items() if not name.startswith(f"{last}.")}
-    starts_at_1 = "0.weight" not in translators and "1.weight" in translators
-    if not (shifted and starts_at_1 and values.get("include_input") is False):
-        return translators, model_end, 0
-    warnings.warn("include_input: the lens has no translator of layer 0, which is read as it is", stacklevel=5)
-    return translators, model_end, 1
+        translators = {name: t for name, t in translators.items() if not name.startswith(own)}
+    has_input = any(name.startswith("0.") for name in translators)
+    return translators, model_end, shifted and last > 1 and not has_input and values.get("include_input") is False
 
 
-def _check_shapes(translators: dict[str, Tensor], config: TunedLensConfig, path: Path, first: int) -> None:
+def _multiply(translators: dict[str, Tensor], config: TunedLensConfig, path: Path) -> None:
+    """Put the matrix ``u v^T + diag(scale)`` in place of its factors, as ``white_box.nn.LowRankLinear`` had it."""
+    d_model = config.d_model
+    for layer in [name.removesuffix(".u") for name in translators if name.endswith(".u")]:
+        kinds = [kind for kind in ("u", "v", "scale") if f"{layer}.{kind}" in translators]
+        factors = {kind: translators.pop(f"{layer}.{kind}") for kind in kinds}
+        shapes = {kind: tuple(factor.shape) for kind, factor in factors.items()}
+        rank = shapes["u"][-1] if shapes["u"] else 0
+        wanted = {"u": (d_model, rank), "v": (d_model, rank), "scale": (d_model,)}
+        if not {"u": wanted["u"], "v": wanted["v"]}.items() <= shapes.items() <= wanted.items() or rank > d_model:
+            raise ValueError(
+                f"checkpoint: {path}: layer {layer} is of low rank with {quoted(shapes, 150)}, wanted u and v "
+                f"[{d_model}, rank] and perhaps scale [{d_model}]"
+            )
+        factors = {kind: own_tensor(f"{layer}.{kind}", f, path).float() for kind, f in factors.items()}
+        weight = factors["u"] @ factors["v"].T
+        if "scale" in factors:
+            weight.diagonal().add_(factors["scale"])
+        if translators.setdefault(f"{layer}.weight", weight) is not weight:
+            raise ValueError(f"checkpoint: {path} holds two entries for '{layer}.weight', one of them '{layer}.u'")
+
+
+def _check_shapes(translators: dict[str, Tensor], config: TunedLensConfig, path: Path) -> None:
     layers, d_model = config.num_hidden_layers, config.d_model
     kinds = {"weight": (d_model, d_model), **({"bias": (d_model,)} if config.bias else {})}
     # As many names as there are tensors, however many layers the config claims.
-    wanted = [f"{i}.{kind}" for i in range(first, min(layers, first + len(translators) + 1)) for kind in kinds]
+    named = range(layers) if config.translated_layers is None else config.translated_layers
+    wanted = [f"{i}.{kind}" for i in itertools.islice(named, len(translators) + 1) for kind in kinds]
     missing = [name for name in wanted if name not in translators]
     unknown = sorted(translators.keys() - set(wanted))
     if missing or unknown:
@@ -298,8 +340,12 @@ def _check_shapes(translators: dict[str, Tensor], config: TunedLensConfig, path:
             raise ValueError(f"checkpoint: {path}: {name} has shape {quoted([*tensor.shape])}, wanted {[*shape]}")
 
 
-def _read(name: str, stored: Tensor, path: Path) -> Tensor:
-    """A tensor of its own, no longer one of the file."""
+def own_tensor(name: str, stored: Tensor, path: Path) -> Tensor:
+    """A tensor of its own, no longer one of the file, floating and finite.
+
+    Raises:
+        ValueError: it is not; ``name`` and ``path`` say which.
+    """
     tensor = stored.clone(memory_format=torch.contiguous_format)
     if not tensor.is_floating_point():
         raise ValueError(f"checkpoint: {path}: {name} is {tensor.dtype}, wanted a floating dtype")

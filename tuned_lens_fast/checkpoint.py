@@ -75,6 +75,12 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
 _NEVER = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "EMPTY_SET", "FROZENSET", "BYTEARRAY8"}
 
 
+_OTHER_OBJECTS = (
+    "it holds other objects than dense tensors, which could run code ({}); where it was made, save a dict of its "
+    "tensors and numbers in their place"
+)
+
+
 class _Refused(Exception):
     """A file that holds what no checkpoint of a lens holds."""
 
@@ -98,6 +104,6 @@ def _check_archive(path: Path) -> None:
                 raise _Refused(f"it holds more than {MOST_TUPLES:,} tuples")
             if opcode.name == "GLOBAL" and not _KNOWN.fullmatch(str(named)):
                 called = shortened(str(named).replace(" ", "."), 80)
-                raise _Refused(f"it holds other objects than dense tensors, which could run code ({called})")
+                raise _Refused(_OTHER_OBJECTS.format(called))
             if opcode.name in _NEVER:
-                raise _Refused(f"it holds other objects than dense tensors, which could run code ({opcode.name})")
+                raise _Refused(_OTHER_OBJECTS.format(opcode.name))

@@ -47,7 +47,7 @@ def decode(
         lens: a LogitLens or TunedLens.
         hidden_states: ``[L, ..., d_model]``, or a sequence of L tensors ``[..., d_model]``: entry i is the
             residual stream that enters block ``layers[i]``.
-        layers: the translator each entry is read with; 0..L-1 if None.
+        layers: the translator each entry is read with. If None 0..L-1, less those that the lens lacks.
         targets: integer ids ``[...]`` to rate at every layer, -100 for none.
         reference: ``[..., d_model]``, what the head's linear layer receives at the model's own output (after
             the norm and any factor); the divergences compare with it.
@@ -69,7 +69,7 @@ def decode(
     """
     head = lens.unembed.head
     hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head))
-    numbers = check_layers(lens, layers, len(hidden))
+    hidden, numbers = check_layers(lens, layers, hidden)
     query = check_query(head, lead, targets, reference, top_k, watch, stats)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     found = _decode_views(chosen, hidden, Readout.of(lens, numbers), query, check_budget(memory_budget))
@@ -127,7 +127,7 @@ def decode_model(
         lens: a LogitLens or TunedLens of that model.
         input_ids: integer ids ``[positions]`` or ``[batch, positions]``.
         attention_mask: of the same shape, 0 at padding on either side. Padding is no target and has none.
-        layers: the layers of the lens to decode, all if None; the model's own output is added to them.
+        layers: the layers of the lens to decode, all that it has if None; the model's own output is added to them.
         targets: "next" for the following token (the last position has none), ids of the shape of
             ``input_ids`` with -100 for none, or None.
         top_k, watch, stats, engine: see :func:`decode`; kl is among the default statistics.

@@ -1,4 +1,4 @@
-"""Finds the two files of a saved lens, in a local folder or on the Hugging Face hub, and pushes them there.
+"""Finds the files of a saved lens, in a local folder or on the Hugging Face hub, and pushes them there.
 
 Only finds them; :mod:`tuned_lens_fast.artifacts` reads them.
 """
@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tuned_lens_fast.artifacts import MOST_CONFIG, read_json
-from tuned_lens_fast.messages import quoted, shortened
+from tuned_lens_fast.messages import listed, quoted, shortened
 
 #: Tried in this order where the caller names no other checkpoint.
 _CHECKPOINTS = ("params.pt", "params.safetensors")
+#: Ends of the name of a lens that is one file, a Jacobian lens.
+ONE_FILE = (".pt", ".safetensors")
+#: Names of that file in a folder: of jlens, of the hub's neuronpedia/jacobian-lens, and of what others convert it to.
+_JACOBIAN = ("lens.pt", "*jacobian_lens*.pt", "jlens/*/*jacobian_lens*.pt", "jacobians.safetensors", "lens.safetensors")
 
 #: Where a model's name is another than its published lens's: -> the lens's folder. Lenses of the first Pythia
 #: models, which were named by another count of their parameters and since replaced, end in -v0.
@@ -58,10 +63,12 @@ def load_lens_artifacts(
 
     Args:
         resource_id: a folder, or the name of a lens on the hub, mostly that of its model ("gpt2"). Other names
-            of a model (:data:`ALIASES`) and its folder in the hub's cache lead to the same lens.
+            of a model (:data:`ALIASES`) and its folder in the hub's cache lead to the same lens. Or one file, .pt or
+            .safetensors, that holds a Jacobian lens: a path, or "owner/repository/path of the file" on the hub (the
+            last part alone with ``repo_id``).
         repo_id: the hub's repository; by default the environment's TUNED_LENS_REPO_ID, else
             "AlignmentResearch/tuned-lens".
-        repo_type: by default the environment's TUNED_LENS_REPO_TYPE, else "space".
+        repo_type: by default the environment's TUNED_LENS_REPO_TYPE, else "space"; "model" for one file.
         revision: branch, tag or commit of the repository.
         config_file, ckpt_file: names of the two files in the lens's folder. Where there is no "params.pt",
             "params.safetensors" is taken.
@@ -69,16 +76,19 @@ def load_lens_artifacts(
         cache_dir: where downloads are kept; by default the hub's cache.
 
     Returns:
-        The paths of the config and the checkpoint.
+        The paths of the config and the checkpoint; twice the same for a Jacobian lens, whose file is both.
 
     Raises:
-        FileNotFoundError: no such lens, or a local folder that holds only a part of one.
+        FileNotFoundError: no such lens, or a local folder that holds only a part of one, or several.
         PermissionError: the repository is gated.
         ConnectionError: the hub cannot be reached, and its cache does not hold the lens.
         ValueError: ``resource_id`` is empty.
     """
     if not os.fspath(resource_id):
         raise ValueError("resource_id: it is empty, so no lens can be found by it; pass a folder or a lens's name")
+    if os.fspath(resource_id).endswith(ONE_FILE) and not os.path.isdir(resource_id):
+        path = _one_file(os.fspath(resource_id), repo_id, repo_type, revision, cache_dir)
+        return path, path
     checkpoints = _CHECKPOINTS if ckpt_file == _CHECKPOINTS[0] else (ckpt_file,)
     folder = Path(resource_id)
     here = {checkpoint: folder / checkpoint for checkpoint in checkpoints if os.path.isfile(folder / checkpoint)}
@@ -87,6 +97,14 @@ def load_lens_artifacts(
     is_config = os.path.isfile(config)
     if here and is_config:
         return config, next(iter(here.values()))
+    jacobian = [] if here else jacobian_files(folder)
+    if len(jacobian) > 1:
+        names = [path.relative_to(folder).as_posix() for path in jacobian]
+        raise FileNotFoundError(
+            f"resource_id: {shortened(folder, 200)} holds several lenses, pass one of {listed(names)}"
+        )
+    if jacobian:
+        return jacobian[0], jacobian[0]
 
     lacking = " and ".join([config_file] * (not is_config) + [" or ".join(checkpoints)] * (not here))
     problem = f"{shortened(folder, 200)} {f'lacks {lacking}' if os.path.isdir(folder) else 'is no folder'}"
@@ -105,14 +123,7 @@ def load_lens_artifacts(
 
     # A lens in a folder does without the hub's client, which takes a while to import.
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.utils import EntryNotFoundError
 
     def download(filename: str) -> Path:
         return Path(
@@ -126,12 +137,62 @@ def load_lens_artifacts(
             )
         )
 
-    try:
+    with _hub_errors(sought, repo_id):
         config = download(config_file)
         for checkpoint in checkpoints[:-1]:
             with suppress(EntryNotFoundError):
                 return config, download(checkpoint)
         return config, download(checkpoints[-1])
+
+
+def jacobian_files(folder: Path) -> list[Path]:
+    """The files of a folder that are named as Jacobian lenses are."""
+    return sorted(path for pattern in _JACOBIAN for path in folder.glob(pattern)) if os.path.isdir(folder) else []
+
+
+def _one_file(
+    name: str, repo_id: str | None, repo_type: str | None, revision: str | None, cache_dir: str | None
+) -> Path:
+    """The file ``name``, here or on the hub; errors are those of :func:`load_lens_artifacts`."""
+    if os.path.isfile(name):
+        return Path(name)
+    owner, _, rest = name.partition("/")
+    repository, _, inside = rest.partition("/")
+    if repo_id is None and inside and not name.startswith((".", "~", "/")):
+        repo_id = f"{owner}/{repository}"
+    else:
+        inside = name
+    if repo_id is None:
+        raise FileNotFoundError(
+            f"resource_id: no lens at {quoted(name, 150)}: there is no such file; one on the hub is named "
+            "owner/repository/path"
+        )
+    repo_type = repo_type or "model"
+    place = f"{quoted(inside, 150)} in the hub's {repo_type} {quoted(repo_id, 150)} (revision {quoted(revision)})"
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(f"no lens {quoted(name, 150)}: there is no such file here, and {place}", repo_id):
+        return Path(
+            hf_hub_download(
+                filename=inside, repo_id=repo_id, repo_type=repo_type, revision=revision, cache_dir=cache_dir
+            )
+        )
+
+
+@contextmanager
+def _hub_errors(sought: str, repo_id: str) -> Iterator[None]:
+    """Errors of the hub's client, saying what was sought where and what may help."""
+    from huggingface_hub.utils import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
     except LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"resource_id: {sought} is not in the cache and cannot be fetched: {shortened(error)}. "

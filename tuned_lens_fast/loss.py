@@ -49,7 +49,7 @@ def loss(
             :func:`~tuned_lens_fast.decode.decode`.
         targets: integer ids ``[...]``, -100 for none. Exactly one of this and ``reference`` is given.
         reference: ``[..., d_model]``, what the head's linear layer receives at the model's own output; a constant.
-        layers: the translator each entry is read with; 0..L-1 if None.
+        layers: the translator each entry is read with. If None 0..L-1, less those that the lens lacks.
         reduction: "mean" over the positions that have a target, or all; "none" for the loss of each, 0 where there is
             no target.
         engine: "auto", or one of :func:`tuned_lens_fast.engines`.
@@ -71,7 +71,7 @@ def loss(
         raise ValueError(f"reduction: got {reduction!r}, wanted 'mean' or 'none'")
     head, norm = lens.unembed.head, lens.unembed.norm
     hidden, lead = check_hidden(hidden_states, head, norm.hidden_width(head))
-    numbers = check_layers(lens, layers, len(hidden))
+    hidden, numbers = check_layers(lens, layers, hidden)
     stats = ["kl"] if targets is None else ["log_prob"]
     query = check_query(head, lead, targets, reference, 0, None, stats)
     if query.reference is not None:

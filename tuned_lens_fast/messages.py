@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from itertools import islice
 from typing import Any
 
@@ -30,6 +30,17 @@ def listed(values: Collection[object], most: int = 4) -> str:
     """The first ``most`` of ``values``, each quoted, and how many more there are; "nothing" for none."""
     more = f" and {len(values) - most:,} more" if len(values) > most else ""
     return ", ".join(map(quoted, islice(values, most))) + more or "nothing"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Increasing numbers as ``--layers`` takes them: "0,5,10-20"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def shortened(text: object, most: int = 300) -> str:

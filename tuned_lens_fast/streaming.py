@@ -34,6 +34,7 @@ from tuned_lens_fast.validation import (
     check_model,
     check_query,
     kind,
+    layers_of,
 )
 
 
@@ -63,9 +64,32 @@ class Prepared:
             The chunk's number, its positions, and its statistics ``[L + 1, batch, positions of the chunk]``; the last
             layer is the model's own output.
         """
+        batch, passes, chunks = self._passes()
+        wanted_numbers = [number for number in range(len(chunks)) if wanted(number)]
+        for number, positions in enumerate(chunks[: wanted_numbers[-1] + 1] if wanted_numbers else ()):
+            if number in wanted_numbers:
+                yield number, positions, self._decode(batch, passes, positions)
+            elif self.recomputes is None:
+                for part in passes:
+                    part.skip(positions)
+
+    def states(self) -> Iterator[tuple[slice, slice, list[Tensor], Tensor]]:
+        """What the statistics are of, for a caller that reads it in more than one way; each is gone with the next.
+
+        Yields:
+            Some rows of the batch, a chunk's positions, and of these, one row of the batch behind the other, the hidden
+            states of each layer, ``[rows x positions, width]``, and what the model's head receives,
+            ``[rows x positions, d_model]``.
+        """
+        batch, passes, chunks = self._passes()
+        for positions in chunks:
+            for rows, part in zip(batch, passes, strict=True):
+                yield rows, positions, *self._states(part, positions)
+
+    def _passes(self) -> tuple[list[slice], list[ChunkedPass], list[slice]]:
+        """Groups of rows of the batch, a pass of the model for each, and the chunks of positions."""
         ends = self.boundaries
         chunks = [slice(start, end) for start, end in zip((0, *ends), ends, strict=False)]
-        wanted_numbers = [number for number in range(len(chunks)) if wanted(number)]
         batch = [*slices(self.plan.batch, self.plan.rows)]
         passes = [
             ChunkedPass(
@@ -77,12 +101,14 @@ class Prepared:
             )
             for rows in batch
         ]
-        for number, positions in enumerate(chunks[: wanted_numbers[-1] + 1] if wanted_numbers else ()):
-            if number in wanted_numbers:
-                yield number, positions, self._decode(batch, passes, positions)
-            elif self.recomputes is None:
-                for part in passes:
-                    part.skip(positions)
+        return batch, passes, chunks
+
+    def _states(self, part: ChunkedPass, positions: slice) -> tuple[list[Tensor], Tensor]:
+        head = self.lens.unembed.head
+        entering, at_head = part(positions)
+        hidden = _rows(entering, head, self.lens.unembed.norm.hidden_width(head))
+        (last,) = _rows([at_head], head, head.weight.shape[1])
+        return hidden, last
 
     def collect(self) -> LensStats:
         """The statistics of the whole prompt, ``[L + 1, batch, positions]``."""
@@ -104,10 +130,7 @@ class Prepared:
         layers, width = len(self.numbers), positions.stop - positions.start
         found = self._room(width)
         for rows, part in zip(batch, passes, strict=True):
-            entering, at_head = part(positions)
-            hidden = _rows(entering, head, readout.width)
-            (last,) = _rows([at_head], head, head.weight.shape[1])
-            del entering, at_head
+            hidden, last = self._states(part, positions)
             query = replace(
                 self.query,
                 targets=None if self.targets is None else self.targets[rows, positions].reshape(-1),
@@ -178,7 +201,7 @@ def prepare(
     blocks = get_transformer_layers(model)[1]
     _check_lens(model, lens, len(blocks))
     head = lens.unembed.head
-    numbers = [*range(len(blocks))] if layers is None else check_layer_numbers(layers, len(blocks))
+    numbers = layers_of(lens, len(blocks)) if layers is None else check_layer_numbers(lens, layers, len(blocks))
     if isinstance(targets, str):
         if targets != "next":
             raise ValueError(f"targets: got {targets!r}, wanted 'next', ids or None")

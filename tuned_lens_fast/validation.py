@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query
 from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
+from tuned_lens_fast.messages import ranges
 from tuned_lens_fast.models.wrappers import unwrapped
 
 #: Bytes of scratch beyond inputs and results where the caller names none: 256 MiB.
@@ -53,31 +54,45 @@ def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: 
     return entries, shape[:-1]
 
 
-def check_layers(lens: DecodableLens, layers: Iterable[int] | None, entries: int) -> list[int]:
-    """The translator number of every entry of hidden_states."""
+def check_layers(
+    lens: DecodableLens, layers: Iterable[int] | None, entries: list[Tensor]
+) -> tuple[list[Tensor], list[int]]:
+    """Those of the entries of hidden_states that are read, and the translator number of each: all with ``layers``, else
+    those of the layers that the lens has.
+    """
     count = len(lens) if isinstance(lens, Sized) else getattr(lens.unembed, "num_hidden_layers", None)
     if layers is None:
-        if count is not None and entries != count:
+        if count is not None and len(entries) != count:
             hint = (
                 "; transformers' hidden_states have one entry more, already normed: pass hidden_states[:-1]"
-                if entries == count + 1
+                if len(entries) == count + 1
                 else "; name those given with layers="
             )
-            raise ValueError(f"hidden_states: got {entries} entries for the lens's {count} layers{hint}")
-        return list(range(entries))
-    numbers = check_layer_numbers(layers, count)
-    if len(numbers) != entries:
-        raise ValueError(f"layers: got {len(numbers)} for {entries} entries of hidden_states")
-    return numbers
+            raise ValueError(f"hidden_states: got {len(entries)} entries for the lens's {count} layers{hint}")
+        numbers = layers_of(lens, len(entries))
+        return [entries[number] for number in numbers], numbers
+    numbers = check_layer_numbers(lens, layers, count)
+    if len(numbers) != len(entries):
+        raise ValueError(f"layers: got {len(numbers)} for {len(entries)} entries of hidden_states")
+    return entries, numbers
 
 
-def check_layer_numbers(layers: Iterable[int], count: int | None) -> list[int]:
+def layers_of(lens: DecodableLens, count: int) -> list[int]:
+    """Those of a model's ``count`` layers that the lens has."""
+    has = getattr(lens, "translated_layers", None)
+    return [*range(count)] if has is None else [*has]
+
+
+def check_layer_numbers(lens: DecodableLens, layers: Iterable[int], count: int | None) -> list[int]:
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers: got {kind(layers)}, wanted a sequence of ints")
     numbers = [_index("layers", number) for number in layers]
+    has = getattr(lens, "translated_layers", None)
     for number in numbers:
         if number < 0 or (count is not None and number >= count):
             raise IndexError(f"layers: got {number}, wanted 0 to {'any' if count is None else count - 1}")
+        if has is not None and number not in has:
+            raise IndexError(f"layers: got {number}, and the lens has only {ranges(has)}")
     return numbers
 
 
@@ -207,6 +222,28 @@ def check_input_ids(model: Any, input_ids: Any, attention_mask: Any) -> None:
             raise TypeError(f"attention_mask: got {kind(attention_mask)}, wanted a tensor")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}, wanted {list(input_ids.shape)}")
+
+
+def check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
+    """Token ids of every document, int32 on the CPU."""
+    if not isinstance(documents, Iterable):
+        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
+    vocab = model.get_input_embeddings().weight.shape[0]
+    held = []
+    for number, document in enumerate(documents):
+        try:
+            tokens = torch.as_tensor(document)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
+        if tokens.ndim != 1 or not len(tokens):
+            raise ValueError(
+                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
+            )
+        check_ids(f"documents: document {number}", tokens, vocab)
+        held.append(tokens.to("cpu", torch.int32))
+    if not held:
+        raise ValueError("documents: got none")
+    return held
 
 
 def _index(name: str, value: Any) -> int:

@@ -51,7 +51,7 @@ from tuned_lens_fast.plotting import heatmap_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import check_length
-from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
+from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,7 +74,9 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
     command.add_argument("--id-column", metavar="NAME", help="what they are called (default: 0, 1, 2 and so on)")
-    command.add_argument("--lens", metavar="FOLDER_OR_ID", help="a tuned lens (default: the logit lens)")
+    command.add_argument(
+        "--lens", metavar="FOLDER_OR_ID", help="a tuned lens, or the file of a Jacobian lens (default: the logit lens)"
+    )
     command.add_argument("--top-k", type=positive, default=5, metavar="K", help="likeliest tokens kept (default: 5)")
     command.add_argument(
         "--stats",
@@ -189,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
             "engine": args.engine,
             "memory_budget": args.memory_budget,
         }
-        count = 1 + (len(get_transformer_layers(model)[1]) if args.layers is None else len(args.layers))
+        count = 1 + len(layers_of(lens, len(get_transformer_layers(model)[1])) if args.layers is None else args.layers)
         start, peak = time.perf_counter(), PeakMemory(model.device)
         with meter.counting(count):
             if _is_folder(args.out):

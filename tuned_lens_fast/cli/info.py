@@ -15,8 +15,9 @@ from tuned_lens_fast.cli.arguments import add_model_options
 from tuned_lens_fast.cli.loading import check_folder, load_model
 from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.engines import engines
-from tuned_lens_fast.load_artifacts import is_model_config, load_lens_artifacts
-from tuned_lens_fast.messages import shortened
+from tuned_lens_fast.jacobian_lens import read_jacobian_config
+from tuned_lens_fast.load_artifacts import ONE_FILE, is_model_config, jacobian_files, load_lens_artifacts
+from tuned_lens_fast.messages import ranges, shortened
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.nn import LogitLens
 
@@ -25,7 +26,9 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """The command's arguments."""
     command = commands.add_parser("info", help="describe a model or a tuned lens, and the engines that work here")
     command.set_defaults(run=run)
-    command.add_argument("model", metavar="MODEL_OR_LENS", help="a model's folder or hub id, or a lens's folder")
+    command.add_argument(
+        "model", metavar="MODEL_OR_LENS", help="a model's folder or hub id, or a lens's folder or file"
+    )
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     add_model_options(command)
     return command
@@ -47,19 +50,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_lens(name: str) -> bool:
-    """Whether ``name`` is the folder of a saved lens."""
+    """Whether ``name`` is the folder of a saved lens, or the file of one."""
     config = Path(name) / "config.json"
-    return os.path.isfile(config) and not is_model_config(config)
+    if os.path.isfile(config):
+        return not is_model_config(config)
+    return bool(jacobian_files(Path(name))) or (os.path.isfile(name) and name.endswith(ONE_FILE))
 
 
 def _lens_facts(name: str) -> dict[str, Any]:
-    config = read_config(Path(name) / "config.json")
-    _, checkpoint = load_lens_artifacts(name)
+    path, checkpoint = load_lens_artifacts(name)
+    jacobian = path == checkpoint
+    config = read_jacobian_config(path) if jacobian else read_config(path)
     return {
-        "kind": "tuned lens",
-        "model": config.base_model_name_or_path,
+        "kind": "Jacobian lens" if jacobian else "tuned lens",
+        "model": config.base_model_name_or_path or None,
         "model revision": config.base_model_revision,
-        "layers": config.num_hidden_layers,
+        # A Jacobian lens does not say how many its model has.
+        **({} if jacobian else {"layers": config.num_hidden_layers}),
+        "layers it has": "all" if config.translated_layers is None else ranges(config.translated_layers),
         "width": config.d_model,
         "bias": "yes" if config.bias else "no",
         "unembedding hash": config.unembed_hash,

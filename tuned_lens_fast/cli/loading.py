@@ -118,4 +118,6 @@ def tokenize(tokenizer: Any, documents: Sequence[Document], jsonl: Path | None) 
 
 def place_of(jsonl: Path | None, document: Document) -> str:
     """Where a text comes from, as errors name it."""
-    return "text" if jsonl is None else f"jsonl: {jsonl}, line {document.line}"
+    if jsonl is None:
+        return "text" if document.id is None else f"text: {document.id}"
+    return f"jsonl: {jsonl}, line {document.line}"

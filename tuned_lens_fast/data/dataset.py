@@ -27,7 +27,7 @@ from tuned_lens_fast.engines.interface import DecodableLens, Readout
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
-from tuned_lens_fast.validation import check_ids, check_model, kind
+from tuned_lens_fast.validation import check_documents, check_model
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -87,16 +87,12 @@ def decode_documents(
     if targets not in ("next", None):
         raise ValueError(f"targets: got {targets!r}, wanted 'next' or None")
     model = check_model(model)
-    held = _check_documents(model, documents)
+    held = check_documents(model, documents)
     names = _check_names(ids, len(held))
     lengths = [len(tokens) for tokens in held]
 
     def inputs(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None, Literal["next"] | None]:
-        input_ids = torch.nn.utils.rnn.pad_sequence([held[i] for i in numbers], batch_first=True)
-        ends = torch.tensor([lengths[i] for i in numbers])
-        real = torch.arange(input_ids.shape[1]) < ends[:, None]
-        mask = None if real.all() else real.to(model.device, torch.int64)
-        return input_ids.to(model.device, torch.int64), mask, targets
+        return *padded([held[i] for i in numbers], model.device), targets
 
     longest, _, _ = inputs([max(range(len(held)), key=lengths.__getitem__)])
     prepared = prepare(
@@ -114,7 +110,7 @@ def decode_documents(
     )
 
     def plan() -> list[tuple[list[int], list[int]]]:
-        most = chunk or _positions_at_once(prepared, sum(lengths))
+        most = chunk or positions_at_once(prepared, sum(lengths))
         return [
             (batch, [part.stop for part in slices(lengths[batch[0]], even(lengths[batch[0]], most))])
             for batch in pack(lengths, most, apart=frequencies_change_at(prepared.model))
@@ -176,6 +172,15 @@ def pack(lengths: Sequence[int], most: int, apart: int | None = None) -> list[li
                 continue
         batches.append([number])
     return batches
+
+
+def padded(documents: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Documents as one batch ``[batch, positions]``, padded on the right, and its mask; None without padding."""
+    input_ids = torch.nn.utils.rnn.pad_sequence([*documents], batch_first=True)
+    ends = torch.tensor([len(tokens) for tokens in documents])
+    real = torch.arange(input_ids.shape[1]) < ends[:, None]
+    mask = None if real.all() else real.to(device, torch.int64)
+    return input_ids.to(device, torch.int64), mask
 
 
 def _decode(
@@ -295,7 +300,7 @@ def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens) -> str
     return asked if ENGINES[recorded].unavailable(weight.device, weight.dtype) else recorded
 
 
-def _positions_at_once(prepared: Prepared, positions: int) -> int:
+def positions_at_once(prepared: Prepared, positions: int) -> int:
     """How many of ``positions`` fit the memory budget, whether of one document or of several."""
     lens = prepared.lens
     return budget.plan(
@@ -319,28 +324,6 @@ def _real(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 def _sizes(boundaries: Sequence[int]) -> list[int]:
     """Positions of each chunk."""
     return [end - start for start, end in zip((0, *boundaries), boundaries, strict=False)]
-
-
-def _check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
-    """Token ids of every document, int32 on the CPU."""
-    if not isinstance(documents, Iterable):
-        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
-    vocab = model.get_input_embeddings().weight.shape[0]
-    held = []
-    for number, document in enumerate(documents):
-        try:
-            tokens = torch.as_tensor(document)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(
-                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
-            )
-        check_ids(f"documents: document {number}", tokens, vocab)
-        held.append(tokens.to("cpu", torch.int32))
-    if not held:
-        raise ValueError("documents: got none")
-    return held
 
 
 def _check_names(ids: Sequence[str] | Sequence[int] | None, documents: int) -> pa.Array:

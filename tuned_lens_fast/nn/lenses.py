@@ -28,8 +28,9 @@ from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
+from tuned_lens_fast.jacobian_lens import read_jacobian_lens
 from tuned_lens_fast.loss import loss
-from tuned_lens_fast.messages import quoted
+from tuned_lens_fast.messages import quoted, ranges
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
 from tuned_lens_fast.models.forward_pass import model_inputs
@@ -181,11 +182,13 @@ class TunedLens(Lens):
     """Reads layer i through an affine translator of its own: ``h + A_i h + c_i`` (Belrose et al.,
     arXiv:2303.08112).
 
-    ``lens[i]``, ``iter(lens)`` and ``len(lens)`` are those of ``layer_translators``.
+    ``lens[i]``, ``iter(lens)`` and ``len(lens)`` are those of ``layer_translators``. A lens may lack layers of its
+    model (``translated_layers``): ``len(lens)`` counts them, ``iter(lens)`` passes them over, and to ask for one is
+    an IndexError.
     """
 
     config: TunedLensConfig
-    layer_translators: nn.ModuleList  #: nn.Linear, [d_model, d_model]
+    layer_translators: nn.ModuleList  #: nn.Linear, [d_model, d_model]; an empty module where the lens has none
 
     def __init__(self, unembed: Unembed, config: TunedLensConfig) -> None:
         """A lens with translators of zero, which is the logit lens until it is trained or loaded.
@@ -203,7 +206,10 @@ class TunedLens(Lens):
         self.config = replace(config, unembed_hash=unembed.unembedding_hash())
         dtype = head.dtype if head.is_floating_point() else torch.float16
         self.layer_translators = nn.ModuleList()
-        for _ in range(config.num_hidden_layers):
+        for layer in range(config.num_hidden_layers):
+            if config.translated_layers is not None and layer not in config.translated_layers:
+                self.layer_translators.append(nn.Module())
+                continue
             linear = nn.utils.skip_init(
                 nn.Linear, config.d_model, config.d_model, bias=config.bias, dtype=dtype, device=head.device
             )
@@ -242,11 +248,11 @@ class TunedLens(Lens):
         verify: bool = True,
         **kwargs: Any,
     ) -> TunedLens:
-        """The saved lens of a causal LM.
+        """The saved lens of a causal LM: a tuned lens, or a Jacobian lens.
 
         Args:
             model: see :class:`Unembed`.
-            lens_resource_id: a folder or a lens on the hub; by default ``model.config.name_or_path``.
+            lens_resource_id: a folder, a file or a lens on the hub; by default ``model.config.name_or_path``.
             verify: see :class:`Unembed`.
             kwargs: see :meth:`from_unembed_and_pretrained`.
 
@@ -267,14 +273,15 @@ class TunedLens(Lens):
 
         Args:
             unembed: see :class:`Unembed`.
-            lens_resource_id: a folder, or a lens on the hub.
+            lens_resource_id: a folder, a Jacobian lens's file, or either on the hub.
             kwargs: options of :func:`tuned_lens_fast.load_artifacts.load_lens_artifacts`. Those of ``torch.load`` are
                 taken, and have no effect: no code of a checkpoint is run, and no more of it is read than the lens.
 
         Warns:
             UserWarning: the lens was made for a model with another unembedding (by its hash, or by the final
                 norm and head stored with it). Its config keeps that model's hash.
-            UserWarning: what :func:`tuned_lens_fast.artifacts.read_artifact` warns of.
+            UserWarning: what :func:`tuned_lens_fast.artifacts.read_artifact` and
+                :func:`tuned_lens_fast.jacobian_lens.read_jacobian_lens` warn of.
 
         Raises:
             TypeError: an unknown option.
@@ -293,7 +300,11 @@ class TunedLens(Lens):
             resource_id=lens_resource_id, **{k: v for k, v in kwargs.items() if k in _ARTIFACT_OPTIONS}
         )
         layers = getattr(unembed, "num_hidden_layers", None)
-        artifact = read_artifact(Path(config_path), Path(ckpt_path), unembed, d_model=_width(unembed), layers=layers)
+        sizes = {"d_model": _width(unembed), "layers": layers}
+        if config_path == ckpt_path:
+            artifact = read_jacobian_lens(Path(ckpt_path), **sizes)
+        else:
+            artifact = read_artifact(Path(config_path), Path(ckpt_path), unembed, **sizes)
         config = artifact.config
         lens = cls(unembed, config)
         others = [*artifact.differing]
@@ -311,7 +322,8 @@ class TunedLens(Lens):
         return lens
 
     def save(self, path: str | os.PathLike[str], ckpt: str = "params.pt", config: str = "config.json") -> None:
-        """Writes the lens to the folder ``path``: the translators (on the CPU) and the config.
+        """Writes the lens to the folder ``path``: the translators (on the CPU) and the config. Of a lens that lacks
+        layers the config says which it has; tuned-lens refuses such a lens by its missing entries.
 
         A ``ckpt`` that ends in ".safetensors" is written as one, which tuned-lens cannot read. Each file is
         written aside and renamed, so an interrupted save leaves none half-written.
@@ -364,11 +376,23 @@ class TunedLens(Lens):
             self.save(folder, ckpt, config)
             return load_artifacts.push_lens_artifacts(folder, resource_id, repo_id, **options)
 
+    @property
+    def translated_layers(self) -> list[int] | None:
+        """The layers that the lens has a translator for, in order; None for all."""
+        return self.config.translated_layers
+
     def __getitem__(self, item: int) -> nn.Linear:
-        return cast(nn.Linear, self.layer_translators[item])
+        found = self.layer_translators[item]
+        if type(found) is nn.Module:
+            raise IndexError(f"layer {item}: the lens has only {ranges(self.translated_layers or ())}")
+        return cast(nn.Linear, found)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.layer_translators)
+        return (
+            iter(self.layer_translators)
+            if self.translated_layers is None
+            else map(self.__getitem__, self.translated_layers)
+        )
 
     def __len__(self) -> int:
         return len(self.layer_translators)
@@ -412,7 +436,7 @@ class TunedLens(Lens):
         """The translator of layer ``idx``; its tensors alias the lens's.
 
         Raises:
-            IndexError: ``idx`` is not in 0 to ``len(lens) - 1``.
+            IndexError: ``idx`` is not in 0 to ``len(lens) - 1``, or the lens lacks that layer.
         """
         _check_layer("idx", idx, len(self))
         linear = self[idx]

@@ -1,0 +1,192 @@
+"""``tuned-lens-fast eval``: how good a lens is on texts that it was not trained on, layer by layer.
+
+It loads a model and a lens, calls ``evaluate``, and shows, prints or writes what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tuned_lens_fast.cli.arguments import add_model_options, byte_count, positive
+from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, place_of, tokenize
+from tuned_lens_fast.cli.output import print_json
+from tuned_lens_fast.data.jsonl import read_jsonl
+from tuned_lens_fast.data.text_files import read_texts
+from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.load_artifacts import load_lens_artifacts
+from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.progress_bar import ProgressBar
+from tuned_lens_fast.streaming import check_length
+from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate
+from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
+
+#: Positions that the transfer matrix is measured on: each is read once for every two layers.
+TRANSFER_TOKENS = 4096
+
+
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    command = commands.add_parser("eval", help="measure a lens on texts, beside the logit lens and the model")
+    command.set_defaults(run=run, check=check)
+    command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
+    command.add_argument(
+        "--lens", metavar="FOLDER_OR_ID", required=True, help="a tuned lens, or the file of a Jacobian lens"
+    )
+    texts = command.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files of plain text, each a document")
+    texts.add_argument("--jsonl", type=Path, metavar="FILE", help="many documents, an object a line")
+    command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
+    command.add_argument(
+        "--transfer", action="store_true", help="also read every layer's hidden states with every layer's translator"
+    )
+    command.add_argument(
+        "--transfer-tokens",
+        type=positive,
+        metavar="N",
+        help=f"that of the first N positions (default: {TRANSFER_TOKENS})",
+    )
+    command.add_argument("--chunk", type=positive, metavar="N", help="positions that run at once (default: what fits)")
+    command.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    command.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        default=DEFAULT_MEMORY_BUDGET,
+        metavar="SIZE",
+        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write evaluation.json there, and evaluation.png if matplotlib is there",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
+    add_model_options(command)
+    return command
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse arguments that do not go together."""
+    if args.jsonl is None and args.text_column:
+        parser.error("--text-column is for --jsonl")
+    if args.transfer_tokens and not args.transfer:
+        parser.error("--transfer-tokens is for --transfer")
+
+
+def run(args: argparse.Namespace) -> None:
+    show = Console(file=sys.stderr, quiet=args.quiet)
+    documents = read_texts(args.text) if args.jsonl is None else read_jsonl(args.jsonl, args.text_column or "text")
+    if args.out is not None:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"out: cannot write {args.out}: {error.strerror}") from error
+    check_folder(args.model)
+    load_lens_artifacts(args.lens)
+    meter = ProgressBar(show, disable=args.quiet)
+    with meter.shown():
+        meter.say("reading the text")
+        ids = tokenize(load_tokenizer(args), documents, args.jsonl)
+        meter.say("loading the model")
+        model = load_model(args)
+        for document, tokens in zip(documents, ids, strict=True):
+            try:
+                check_length(model, len(tokens))
+            except ValueError as error:
+                place = place_of(args.jsonl, document)
+                raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
+        lens = load_lens(model, args.lens)
+        start = time.perf_counter()
+        with meter.counting(2 * len(layers_of(lens, len(get_transformer_layers(model)[1]))) + 1):
+            found = evaluate(
+                model,
+                lens,
+                ids,
+                transfer_tokens=(args.transfer_tokens or TRANSFER_TOKENS) if args.transfer else 0,
+                chunk=args.chunk,
+                engine=args.engine,
+                memory_budget=args.memory_budget,
+            )
+        seconds = time.perf_counter() - start
+        drawn = args.out is not None and importlib.util.find_spec("matplotlib") is not None
+        if args.out is not None:
+            found.save(args.out / "evaluation.json")
+        if drawn:
+            draw(found, args.out / "evaluation.png")
+
+    if args.json:
+        print_json({"model": args.model, "lens": args.lens, **found.to_dict(), "seconds": seconds})
+    elif not args.quiet:
+        print_evaluation(Console(), found)
+    documents_read = f"{found.documents:,} document{'s' if found.documents > 1 else ''}"
+    done = f"{documents_read}, {found.positions:,} positions in {seconds:.1f} s"
+    show.print(done, highlight=False, soft_wrap=True)
+    if args.out is not None:
+        what = "evaluation.json and evaluation.png" if drawn else "evaluation.json, and no picture without matplotlib"
+        show.print(f"wrote {args.out}: {what}", highlight=False, markup=False, soft_wrap=True)
+
+
+#: Columns of the table: heading -> whose reading, and what of it.
+_COLUMNS = {
+    "KL": ("lens", "kl"),
+    "logit KL": ("logit_lens", "kl"),
+    "CE": ("lens", "ce"),
+    "logit CE": ("logit_lens", "ce"),
+    "entropy": ("lens", "entropy"),
+    "top 1": ("lens", "agreement"),
+    "logit top 1": ("logit_lens", "agreement"),
+}
+
+
+def print_evaluation(console: Console, found: Evaluation) -> None:
+    """A line for each layer, means with half the width of their intervals; then the transfer matrix's worst."""
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    table.add_column("layer", justify="right", style="dim", no_wrap=True)
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for row, layer in enumerate(found.layers):
+        table.add_row(str(layer), *(_cell(getattr(found, of)[measure], row) for of, measure in _COLUMNS.values()))
+    own = {"CE": "ce", "entropy": "entropy"}
+    table.add_row("output", *(_cell(found.model[own[name]], 0) if name in own else "" for name in _COLUMNS))
+    console.print(table)
+    interval = f"± is half of the {CONFIDENCE:.0%} confidence interval over documents"
+    notes = [
+        f"nats; {interval if found.documents > 1 else 'one document has no confidence interval'}",
+        "KL(model || lens), CE of the next token, top 1: share where the model's likeliest token is the lens's; logit: "
+        "the logit lens",
+    ]
+    for reading, counts in found.left_out.items():
+        if any(counts):
+            notes.append(
+                f"{reading.replace('_', ' ')}: up to {max(counts):,} positions of a layer are not finite and left out"
+            )
+    if found.transfer is not None:
+        penalty = found.transfer.penalty
+        worst = [(value, i, j) for i, row in enumerate(penalty) for j, value in enumerate(row) if value == value]
+        if worst:
+            value, i, j = max(worst)
+            notes.append(
+                f"transfer, {found.transfer.positions:,} positions: at worst {value:.4g} nats, the translator of layer "
+                f"{found.layers[i]} on layer {found.layers[j]}"
+            )
+    for note in notes:
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
+
+
+def _cell(means: Any, row: int) -> str:
+    """A mean, to the digits that its interval leaves, three if there is none."""
+    mean, half = means.mean[row], (means.high[row] - means.low[row]) / 2
+    if not half > 0:
+        return f"{mean:.3f}"
+    digits = min(4, max(0, 1 - math.floor(math.log10(half))))
+    return f"{mean:.{digits}f} ±{half:.{digits}f}"
