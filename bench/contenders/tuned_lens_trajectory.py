@@ -39,7 +39,7 @@ class _Module(nn.Module):
         return self.function(h.float()).to(h.dtype)
 
 
-def _lens(problem: Problem) -> nn.Module:
+def trainable_lens(problem: Problem) -> nn.Module:
     """Its TunedLens with the problem's tensors in it."""
     from tuned_lens.nn import TunedLens, TunedLensConfig, Unembed
 
@@ -53,7 +53,7 @@ def _lens(problem: Problem) -> nn.Module:
     if problem.head.bias is not None:
         unembed.unembedding.bias = nn.Parameter(problem.head.bias, requires_grad=False)
     unembed.unembedding_hash = lambda: ""
-    lens = TunedLens(unembed, TunedLensConfig("", d_model, problem.layers, bias=True)).requires_grad_(False)
+    lens = TunedLens(unembed, TunedLensConfig("", d_model, problem.layers, bias=True))
     for linear, translator in zip(lens, problem.translators, strict=True):
         linear.weight.data = torch.zeros(d_model, d_model) if translator is None else translator.weight
         bias = None if translator is None else translator.bias
@@ -64,7 +64,7 @@ def _lens(problem: Problem) -> nn.Module:
 def _prepare(problem: Problem) -> Callable[[], Answer]:
     from tuned_lens.plotting import PredictionTrajectory
 
-    lens, query = _lens(problem), problem.query
+    lens, query = trainable_lens(problem).requires_grad_(False), problem.query
     targets = query.targets
     assert targets is not None
     assert query.reference is not None
