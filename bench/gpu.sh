@@ -26,6 +26,8 @@ status=0
 timeout 180 python3 -m pytest -m gpu tests/gpu --ignore=tests/gpu/test_overlapped.py -q --tb=short -p no:cacheprovider \
     --junitxml="$scratch/tests.xml" || status=$?
 python3 bench/gpu_checks.py "$scratch" "$folder/gpu-checks.json" || status=$?
+timeout 30 python3 bench/loss.py --preset llama-3-8b --positions 256 --dtype bfloat16 --rounds 3 --out "$folder/loss.json" ||
+    status=$?
 timeout 190 python3 bench/run.py --suite gpu --out "$folder" || status=$?
 ncu=$(command -v ncu || ls -d /opt/nvidia/nsight-compute/*/ncu /usr/local/cuda/bin/ncu 2>/dev/null | tail -n 1)
 if [ -n "$ncu" ]; then
