@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli import main
-from tuned_lens_fast.data import load_run, parts
+from tuned_lens_fast.data import folder, load_run, parts
 from tuned_lens_fast.data.parts import check_run, recorded_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -231,7 +231,7 @@ def test_check_of_what_is_no_run(out, tmp_path, capsys):
 
 def signed(body):
     """A manifest whose digest is right, whatever it holds."""
-    return json.dumps({"run": parts._digest(body), **body})
+    return json.dumps({"run": folder.digest(body), **body})
 
 
 def manifest_of(whole):
@@ -393,7 +393,7 @@ def test_a_file_system_without_locks(code, tiny, out, monkeypatch):
 
 def test_the_lock_is_the_systems(out):
     """One that is only a file would outlast a process that is killed."""
-    with parts._held(out), pytest.raises(filelock.Timeout):
+    with folder.held(out), pytest.raises(filelock.Timeout):
         filelock.FileLock(out / "_lock", blocking=False).acquire()
     with filelock.FileLock(out / "_lock", blocking=False):
         pass

@@ -2,7 +2,7 @@
 
 The way from hidden state to statistics: ``models`` finds how a model ends and what passes through its blocks, ``nn``
 holds the lenses, ``decode`` checks what is asked and returns a ``LensStats``, ``engines`` compute it (``kernels`` are
-what the GPU engine runs), and ``data`` puts on disk what is too much to keep.
+what the GPU engine runs), and ``data`` puts on disk what is too much to keep. ``training`` goes it backwards.
 """
 
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from tuned_lens_fast.engines import engines
 from tuned_lens_fast.models.residual_stream import residual_stream
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed
 from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.training import TrainingReport, train
 from tuned_lens_fast.training.evaluation import Evaluation, evaluate
 
 __version__ = version("tuned-lens-fast")
@@ -23,6 +24,7 @@ __all__ = [
     "Lens",
     "LensStats",
     "LogitLens",
+    "TrainingReport",
     "TunedLens",
     "TunedLensConfig",
     "Unembed",
@@ -35,4 +37,5 @@ __all__ = [
     "model_surgery",
     "nn",
     "residual_stream",
+    "train",
 ]

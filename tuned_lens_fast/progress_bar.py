@@ -1,4 +1,4 @@
-"""What the command line shows of a decode at work: how far it is, and how fast."""
+"""What a terminal shows of a decode or of training at work: how far it is, and how fast."""
 
 from __future__ import annotations
 
@@ -79,3 +79,45 @@ class _Throughput(ProgressColumn):
 class _TimeLeft(TimeRemainingColumn):
     def render(self, task: Task) -> Text:
         return Text("") if task.total is None else super().render(task) + Text(" left")
+
+
+class TrainingBar:
+    """A bar for training on standard error, if that is a terminal: steps, loss of groups of layers, tokens a second."""
+
+    def __init__(self, steps: int, disable: bool) -> None:
+        console = Console(stderr=True)
+        self._steps = steps
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            _TimeLeft(),
+            console=console,
+            transient=True,
+            disable=disable or not console.is_terminal,
+            speed_estimate_period=300,
+        )
+        self._task = self._bar.add_task("", total=None, state="")
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar is on the terminal within the block."""
+        with self._bar:
+            yield
+
+    def say(self, what: str) -> None:
+        """What is done now beside steps."""
+        self._bar.update(self._task, description=what)
+
+    def step(self, done: int, losses: dict[str, float], tokens_per_second: float) -> None:
+        """``done`` steps are done, the last of them with these losses."""
+        state = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        self._bar.update(
+            self._task,
+            description=f"step {done:,} of {self._steps:,}",
+            completed=done,
+            total=self._steps,
+            state=f"{state}  {tokens_per_second:,.0f} tokens/s",
+        )

@@ -106,8 +106,8 @@ class Prepared:
     def _states(self, part: ChunkedPass, positions: slice) -> tuple[list[Tensor], Tensor]:
         head = self.lens.unembed.head
         entering, at_head = part(positions)
-        hidden = _rows(entering, head, self.lens.unembed.norm.hidden_width(head))
-        (last,) = _rows([at_head], head, head.weight.shape[1])
+        hidden = rows_of(entering, head, self.lens.unembed.norm.hidden_width(head))
+        (last,) = rows_of([at_head], head, head.weight.shape[1])
         return hidden, last
 
     def collect(self) -> LensStats:
@@ -199,13 +199,13 @@ def prepare(
         raise TypeError(f"lens: got {kind(lens)}, wanted a LogitLens or TunedLens")
     check_input_ids(model, input_ids, attention_mask)
     blocks = get_transformer_layers(model)[1]
-    _check_lens(model, lens, len(blocks))
+    check_lens(model, lens, len(blocks))
     head = lens.unembed.head
     numbers = layers_of(lens, len(blocks)) if layers is None else check_layer_numbers(lens, layers, len(blocks))
     if isinstance(targets, str):
         if targets != "next":
             raise ValueError(f"targets: got {targets!r}, wanted 'next', ids or None")
-        targets = _next_tokens(input_ids, attention_mask)
+        targets = next_tokens(input_ids, attention_mask)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     # What the lens will be compared with is not known yet.
     unknown = head.weight.new_empty(()).expand(*input_ids.shape, head.weight.shape[1])
@@ -254,7 +254,7 @@ def prepare(
     )  # fmt: skip
 
 
-def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Each position's following token; NO_TARGET at the last, at padding and before it."""
     following = input_ids[..., 1:].to(torch.int64)
     if attention_mask is not None:
@@ -263,7 +263,7 @@ def _next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     return nn.functional.pad(following, (0, 1), value=NO_TARGET)
 
 
-def _check_lens(model: Any, lens: DecodableLens, blocks: int) -> None:
+def check_lens(model: Any, lens: DecodableLens, blocks: int) -> None:
     """That the lens belongs to the model, as far as their shapes and heads tell."""
     head = lens.unembed.head
     own_head = linear_head(model).weight
@@ -308,7 +308,7 @@ def hidden_dtype(model: Any) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
 
 
-def _rows(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
+def rows_of(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
     """States ``[batch, positions, wanted]`` as rows on the lens's device, in one dtype.
 
     A model's blocks may lie on several devices, and some widen their residual stream behind the embedding.

@@ -7,7 +7,6 @@ that one rename puts both there, and damage is noticed whenever the content is r
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -20,10 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tuned_lens_fast.atomic_write import atomic_write, sync_folder
+from tuned_lens_fast.data.folder import cannot_write, check_identity, digest, held
 from tuned_lens_fast.data.table import float_encodings, table_of
 from tuned_lens_fast.stats import LensStats
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 # Readers of a folder of Parquet pass over names that begin so.
 MANIFEST = "_run.json"
-_LOCK = "_lock"
 _FORMAT = "tuned_lens_fast data set 2"
 _ANY_FORMAT = re.compile(r"tuned_lens_fast data set \d{1,9}")
 #: Bytes of a manifest at most: several million documents.
@@ -157,7 +155,7 @@ class RunFolder:
             with atomic_write(path) as aside:
                 aside.write_bytes(content)
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
 
 @contextmanager
@@ -195,12 +193,12 @@ def run_folder(
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-    with _held(path):
+        raise cannot_write(path, error) from error
+    with held(path):
         if batches is not None and not (path / MANIFEST).exists():
             _write_manifest(path, identity, names, made_with, batches)
         manifest = _read_manifest(path, "out")
-        _check_identity(path, manifest, identity, names)
+        check_identity(path, manifest, identity, names)
         metadata = {"run": manifest["run"], **names, "watch": identity.get("watch"), **made_with}
         yield RunFolder(path, manifest["batches"], metadata, manifest["made_with"])
 
@@ -325,9 +323,9 @@ def _write_manifest(
     }
     try:
         with atomic_write(path / MANIFEST) as aside:
-            aside.write_text(json.dumps({"run": _digest(body), **body}, indent=1), encoding="utf-8")
+            aside.write_text(json.dumps({"run": digest(body), **body}, indent=1), encoding="utf-8")
     except OSError as error:
-        raise _cannot_write(path / MANIFEST, error) from error
+        raise cannot_write(path / MANIFEST, error) from error
 
 
 def _read_manifest(path: Path, argument: str) -> dict[str, Any]:
@@ -342,7 +340,7 @@ def _read_manifest(path: Path, argument: str) -> dict[str, Any]:
         if (path / MANIFEST).stat().st_size <= _LARGEST_MANIFEST:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             body = {key: value for key, value in manifest.items() if key != "run"}
-            if manifest["run"] == _digest(body) and body["format"] == _FORMAT:
+            if manifest["run"] == digest(body) and body["format"] == _FORMAT:
                 return manifest | {"batches": _sound_batches(manifest)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError):
         pass
@@ -378,58 +376,3 @@ def _sound_batches(manifest: dict[str, Any]) -> list[Batch]:
     ):
         raise ValueError("no manifest")
     return batches
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], names: dict[str, str]) -> None:
-    there, here = manifest["identity"], json.loads(json.dumps(identity))
-    differ = []
-    for key in here | there:
-        if there.get(key) == here.get(key):
-            continue
-        old, new = (
-            (name or value)
-            for name, value in ((manifest["names"].get(key), there.get(key)), (names.get(key), here.get(key)))
-        )
-        is_hash = isinstance(old, str) and re.fullmatch("[0-9a-f]{64}", old)
-        what = "" if old == new or is_hash else f" ({_short(old)} there, {_short(new)} here)"
-        differ.append(_short(key) + what)
-    if differ:
-        raise ValueError(
-            f"out: {path} holds a run with another {', another '.join(differ[:3])}; name another folder, or delete "
-            f"that one"
-        )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold the folder within the block; the system lets go of it for a process that dies."""
-    # A lock that is only a file's existence would outlast a process that is killed.
-    lock = FileLock(path / _LOCK, blocking=False, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise BlockingIOError(f"out: another process is writing to {path}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise _cannot_write(path, error) from error
-        warnings.warn(f"out: the file system of {path} has no locks; see that nothing else writes there", stacklevel=2)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    failure = OSError(f"out: cannot write {path}: {reason}")
-    failure.errno = error.errno
-    return failure

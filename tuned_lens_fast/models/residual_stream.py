@@ -132,6 +132,22 @@ def recorded(model: Any, layers: Sequence[int] | None = None, positions: slice |
             module.training = mode
 
 
+@contextmanager
+def last_output(model: Any, recorder: Recorder) -> Iterator[list[Tensor]]:
+    """A list that what the last block puts out, ``[batch, positions, width]``, is added to at each recorded pass."""
+    last: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
+        if recorder.is_mine():
+            last.append(recorder.states(stream_of(output)))
+
+    hook = get_transformer_layers(model)[1][-1].register_forward_hook(keep)
+    try:
+        yield last
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def residual_stream(model: Any, input_ids: Tensor, *, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
     """The residual stream of ``model`` on a prompt: what enters each block, and what the last one puts out.
@@ -154,17 +170,7 @@ def residual_stream(model: Any, input_ids: Tensor, *, attention_mask: Tensor | N
         NotImplementedError: see :func:`~tuned_lens_fast.model_surgery.get_transformer_layers`.
     """
     model = unwrapped(model)
-    last: list[Tensor] = []
-    with recorded(model) as recorder:
-
-        def keep_last(_module: nn.Module, _args: tuple, output: Any) -> None:
-            if recorder.is_mine():
-                last.append(recorder.states(stream_of(output)))
-
-        hook = get_transformer_layers(model)[1][-1].register_forward_hook(keep_last)
-        try:
-            model(**model_inputs(model, input_ids, attention_mask))
-        finally:
-            hook.remove()
+    with recorded(model) as recorder, last_output(model, recorder) as last:
+        model(**model_inputs(model, input_ids, attention_mask))
         entering, _ = recorder.take()
     return tuple(h.reshape(*input_ids.shape, -1) for h in (*entering, *last))

@@ -1,0 +1,403 @@
+"""``tuned-lens-fast train``: a tuned lens of a model, from texts.
+
+It reads and tokenises the texts, loads the model, and calls ``train``; then it says what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tuned_lens_fast.artifacts import read_config
+from tuned_lens_fast.cli.arguments import add_model_options, byte_count, layer_numbers, positive
+from tuned_lens_fast.cli.loading import check_folder, load_model, load_tokenizer, model_errors, tokenize
+from tuned_lens_fast.data.folder import cannot_write
+from tuned_lens_fast.data.jsonl import Document, read_jsonl
+from tuned_lens_fast.data.text_files import read_texts
+from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.load_artifacts import load_lens_artifacts
+from tuned_lens_fast.messages import listed, quoted, shortened
+from tuned_lens_fast.nn import TunedLens
+from tuned_lens_fast.progress_bar import ProgressBar
+from tuned_lens_fast.training import TrainingReport, train
+from tuned_lens_fast.training import folder as training_folder
+from tuned_lens_fast.training.loop import (
+    CHECKPOINT_EVERY,
+    EVAL_EVERY,
+    HELD_OUT,
+    INIT_TOKENS,
+    INITS,
+    LOSSES,
+    STEPS,
+    TOKENS_PER_STEP,
+)
+from tuned_lens_fast.training.optimizers import DEFAULT_OPTIMIZER, RECIPES, SCHEDULES
+from tuned_lens_fast.training.report import mean, span, thirds
+
+#: Pieces that text files are cut into where there are fewer documents, so that some can be held out.
+_PIECES = 20
+#: Documents that are tokenised at once.
+_AT_ONCE = 1000
+
+
+def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    command = commands.add_parser(
+        "train",
+        help="train a tuned lens of a model",
+        description="Train a tuned lens of MODEL on texts and write it to a folder. Name the texts (--jsonl, --text or "
+        "--dataset) and the folder (--out); how long it takes and how good it gets follows from --steps and "
+        "--tokens-per-step. All else has defaults. The same command resumes a run that was stopped.",
+    )
+    command.set_defaults(run=run, check=check, resumes=_resumes)
+    command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
+
+    first = command.add_argument_group("what matters")
+    first.add_argument("--jsonl", type=Path, metavar="FILE", help="the texts, an object a line")
+    first.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help=f"the texts, files of plain text; a form feed begins a new one, and where there are fewer than {_PIECES} "
+        "they are cut at ends of lines",
+    )
+    first.add_argument("--dataset", metavar="NAME", help="the texts, a data set of the hub or a folder; needs datasets")
+    first.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the lens is written")
+    first.add_argument("--steps", type=positive, default=STEPS, metavar="N", help="of the optimiser (default: 250)")
+    first.add_argument(
+        "--tokens-per-step", type=positive, default=TOKENS_PER_STEP, metavar="N", help="(default: 262,144)"
+    )
+
+    text = command.add_argument_group("the texts")
+    text.add_argument("--text-column", metavar="NAME", help="of --jsonl or --dataset (default: text)")
+    text.add_argument("--split", metavar="NAME", help="of --dataset (default: train)")
+    text.add_argument("--config", metavar="NAME", help="of --dataset, where it has several")
+    text.add_argument(
+        "--held-out",
+        metavar="SHARE_OR_FILE",
+        default=HELD_OUT,
+        help="what is only measured on: a share of the texts, or a file of the same kind (default: 0.05)",
+    )
+    text.add_argument(
+        "--sequence-length",
+        type=positive,
+        metavar="N",
+        help="positions that texts are cut into (default: 2,048, or what the model has learned)",
+    )
+
+    lens = command.add_argument_group("the lens")
+    lens.add_argument("--lens", metavar="FOLDER_OR_ID", help="go on from this tuned lens")
+    lens.add_argument("--loss", choices=LOSSES, default="kl", help="from the model's output, or of next tokens")
+    lens.add_argument(
+        "--init", choices=INITS, help="where training starts (default: ridge regression; with --lens what it has)"
+    )
+    lens.add_argument("--init-tokens", type=positive, default=INIT_TOKENS, metavar="N", help="(default: 65,536)")
+    lens.add_argument("--layers", type=layer_numbers, help='such as "0,5,10-20"; the rest stays (default: all)')
+    lens.add_argument("--rank", type=positive, metavar="R", help="of each layer's matrix (default: full)")
+    lens.add_argument("--bias-only", action="store_true", help="train no matrices")
+
+    optimizer = command.add_argument_group("the optimiser")
+    optimizer.add_argument(
+        "--optimizer",
+        choices=[*RECIPES],
+        default=DEFAULT_OPTIMIZER,
+        help="; ".join(f"{name}: {recipe.meaning}" for name, recipe in RECIPES.items())
+        + f" (default: {DEFAULT_OPTIMIZER})",
+    )
+    rates = ", ".join(f"{name} {recipe.learning_rate:g}" for name, recipe in RECIPES.items())
+    optimizer.add_argument("--learning-rate", type=_number, metavar="X", help=f"(default: {rates})")
+    optimizer.add_argument("--schedule", choices=[*SCHEDULES], default="linear", help="(default: linear, to 0)")
+    optimizer.add_argument("--warmup", type=_whole, metavar="N", help="steps (default: 0, for adam a fifth)")
+    decays = ", ".join(f"{name} {recipe.weight_decay:g}" for name, recipe in RECIPES.items())
+    optimizer.add_argument("--weight-decay", type=_number, metavar="X", help=f"(default: {decays})")
+    optimizer.add_argument(
+        "--clip", type=_number, default=1.0, metavar="X", help="norm that gradients are cut to, 0 for none (default: 1)"
+    )
+
+    work = command.add_argument_group("how it runs")
+    work.add_argument("--eval-every", type=positive, default=EVAL_EVERY, metavar="N", help="steps (default: 50)")
+    work.add_argument(
+        "--eval-tokens", type=positive, metavar="N", help="(default: as many as a step has, at most 16,384)"
+    )
+    work.add_argument(
+        "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps (default: 25)"
+    )
+    work.add_argument("--no-resume", action="store_true", help="refuse a folder that has a run in it")
+    work.add_argument("--seed", type=_whole, default=0, metavar="N", help="(default: 0)")
+    work.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    work.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        metavar="SIZE",
+        help="for hidden states and scratch (default: 256MiB, or what one sequence takes)",
+    )
+    work.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_model_options(command)
+    return command
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse arguments that do not go together."""
+    if sum(source is not None for source in (args.jsonl, args.text, args.dataset)) != 1:
+        parser.error("train: wanted one of --jsonl FILE, --text FILE or --dataset NAME")
+    if args.dataset is None and (args.split or args.config):
+        parser.error("--split and --config are for --dataset")
+    if args.text is not None and args.text_column:
+        parser.error("--text-column is for --jsonl and --dataset")
+    if args.bias_only and args.rank is not None:
+        parser.error("--rank is of matrices, and --bias-only trains none")
+    if args.warmup is not None and args.warmup > args.steps:
+        parser.error(f"--warmup: got {args.warmup} of {args.steps} steps")
+    if args.init == "lens" and args.lens is None:
+        parser.error("--init lens: wanted --lens with the lens to go on from")
+    share = _share(args.held_out)
+    if share is not None and not 0 < share < 1:
+        parser.error(f"--held-out: got {args.held_out}, wanted a share between 0 and 1, or a file")
+    if share is None and args.dataset is not None:
+        parser.error("--held-out: wanted a share where the texts are a data set")
+
+
+def _resumes(args: argparse.Namespace) -> bool:
+    """Whether the same command goes on where it was stopped."""
+    return (args.out / training_folder.CHECKPOINT).exists() and not args.no_resume
+
+
+def run(args: argparse.Namespace) -> None:
+    show = Console(file=sys.stderr, quiet=args.quiet)
+    check_folder(args.model)
+    _check_out(args.out, resume=not args.no_resume)
+    share = _share(args.held_out)
+    meter = ProgressBar(show, disable=args.quiet)
+    with meter.shown():
+        meter.say("reading the texts")
+        texts = _read(args)
+        others = None if share is not None else _read_file(args, Path(args.held_out))
+        if args.lens is not None:
+            _check_lens(args)
+        tokenizer = load_tokenizer(args)
+        # As many documents as the steps have use for once.
+        enough = args.steps * args.tokens_per_step / (1 - (share or 0)) + args.tokens_per_step
+        ids = [*_tokenized(tokenizer, texts, args.jsonl, enough)]
+        held_out: Any = share if others is None else [*_tokenized(tokenizer, others, args.jsonl, float("inf"))]
+        meter.say("loading the model")
+        model = load_model(args)
+        if args.lens is None:
+            lens = TunedLens.from_model(model)
+        else:
+            lens = TunedLens.from_model_and_pretrained(model, args.lens).to(model.device)
+    report = train(
+        model,
+        lens,
+        ids,
+        out=args.out,
+        held_out=held_out,
+        separator=tokenizer.eos_token_id,
+        sequence_length=args.sequence_length,
+        loss=args.loss,
+        steps=args.steps,
+        tokens_per_step=args.tokens_per_step,
+        layers=args.layers,
+        init=args.init or ("ridge" if args.lens is None else "lens"),
+        init_tokens=args.init_tokens,
+        rank=args.rank,
+        bias_only=args.bias_only,
+        optimizer=args.optimizer,
+        learning_rate=args.learning_rate,
+        schedule=args.schedule,
+        warmup=args.warmup,
+        weight_decay=args.weight_decay,
+        clip=args.clip or None,
+        seed=args.seed,
+        eval_every=args.eval_every,
+        eval_tokens=args.eval_tokens,
+        checkpoint_every=args.checkpoint_every,
+        resume=not args.no_resume,
+        engine=args.engine,
+        memory_budget=args.memory_budget,
+        quiet=args.quiet,
+    )
+    if not args.quiet:
+        _print(report)
+    done = f"{len(report.losses):,} steps of {report.tokens['step']:,} tokens in {report.seconds:,.1f} s"
+    show.print(f"{done}, {report.tokens_per_second:,.0f} tokens/s", highlight=False, soft_wrap=True)
+    if report.skipped:
+        layers = sorted({layer for _, layer in report.skipped})
+        show.print(
+            f"{len(report.skipped):,} steps were skipped since they were not finite, at layers {listed(layers, 8)}; "
+            f"see {training_folder.REPORT}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    show.print(f"wrote {args.out}; read with it:", highlight=False, markup=False, soft_wrap=True)
+    gguf = ["--gguf-file", args.gguf_file] if args.gguf_file else []
+    line = shlex.join(["tuned-lens-fast", "decode", args.model, *gguf, "--lens", str(args.out)])
+    show.print(f'{line} "..."', highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(report: TrainingReport) -> None:
+    """Held-out KL of groups of layers: the logit lens, the start, the end."""
+    table = Table(title=f"held-out KL(model || lens), nats, {report.tokens['evaluated']:,} tokens", box=None)
+    begun = {"ridge": "ridge start", "lens": "as given"}.get(report.arguments["init"])
+    for column in ("layers", "logit lens", *([begun] if begun else []), "trained"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for name, part in thirds(len(report.layers)).items():
+        columns = [report.logit_lens, *([report.kl_before] if begun else []), report.kl_after]
+        table.add_row(f"{name}: {span(report.layers[part])}", *(f"{mean(column[part]):.4f}" for column in columns))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    """Refuse, before any work, a folder that the lens could not be written to."""
+    training_folder.check_folder(out, resume)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
+def _check_lens(args: argparse.Namespace) -> None:
+    """Refuse, before the model is loaded, a lens that is not there or is of another width."""
+    config_path, _ = load_lens_artifacts(args.lens)
+    width = read_config(Path(config_path)).d_model
+    if args.gguf_file is not None:
+        return  # its config is in the file of the weights
+    from transformers import AutoConfig
+
+    with model_errors(args.model):
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    of_model = getattr(config.get_text_config(), "hidden_size", width)
+    if width % of_model:  # a lens of several residual streams is as wide as all of them
+        raise ValueError(
+            f"lens: {quoted(args.lens, 150)} is of a model of width {width}, {quoted(args.model, 150)} has {of_model}"
+        )
+
+
+def _read(args: argparse.Namespace) -> Iterable[Document]:
+    if args.dataset is not None:
+        return _of_dataset(args)
+    if args.jsonl is not None:
+        return read_jsonl(args.jsonl, args.text_column or "text")
+    return _of_files(args.text)
+
+
+def _read_file(args: argparse.Namespace, path: Path) -> Iterable[Document]:
+    """What is held out, as the texts are read."""
+    return _of_files([path]) if args.jsonl is None else read_jsonl(path, args.text_column or "text")
+
+
+def _of_files(paths: list[Path]) -> list[Document]:
+    texts = [text for document in read_texts(paths) for text in document.text.split("\f")]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"text: there is none in {listed([str(path) for path in paths])}")
+    if len(texts) < _PIECES:
+        size = -(-sum(map(len, texts)) // _PIECES)
+        texts = [piece for text in texts for piece in _cut(text, size) if piece.strip()]
+    return [Document(None, None, text) for text in texts]
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    """Pieces of ``size`` characters and up to the end of a line, if there is one before as much again."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + size - 1, start + 2 * size) + 1 or start + size
+        yield text[start:end]
+        start = end
+
+
+def _of_dataset(args: argparse.Namespace) -> Iterator[Document]:
+    if importlib.util.find_spec("datasets") is None:
+        raise ModuleNotFoundError("dataset: needs datasets: pip install datasets")
+    import datasets
+
+    name, split, column = args.dataset, args.split or "train", args.text_column or "text"
+    if not args.debug:
+        datasets.disable_progress_bars()
+    try:
+        # What `save_to_disk` wrote is read by another function than all else.
+        if any((Path(name) / kept).is_file() for kept in ("state.json", "dataset_dict.json")):
+            rows: Any = datasets.load_from_disk(name)
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
+        else:
+            rows = datasets.load_dataset(name, args.config, split=split)
+    except Exception as error:  # whatever it makes of a name
+        raise ValueError(
+            f"dataset: cannot load {quoted(name, 150)}, split {quoted(split)}: {shortened(error)}"
+        ) from error
+    if column not in rows.column_names:
+        raise ValueError(
+            f"dataset: {quoted(name, 150)} has no column {quoted(column)}, there are {listed(rows.column_names)}"
+        )
+    return _column(rows, column, name)
+
+
+def _column(rows: Any, column: str, name: str) -> Iterator[Document]:
+    for number, row in enumerate(rows.select_columns([column])):
+        if not isinstance(row[column], str):
+            raise ValueError(
+                f"dataset: {quoted(column)} of row {number} of {quoted(name, 150)} is {type(row[column]).__name__}, "
+                f"wanted text"
+            )
+        if row[column].strip():
+            yield Document(None, None, row[column])
+
+
+def _tokenized(tokenizer: Any, texts: Iterable[Document], jsonl: Path | None, enough: float) -> Iterator[Tensor]:
+    """Token ids of as many texts as have ``enough`` tokens, int32."""
+    waiting: list[Document] = []
+    tokens = 0
+
+    def several() -> Iterator[list[Document]]:
+        for document in texts:
+            waiting.append(document)
+            if len(waiting) == _AT_ONCE:
+                yield waiting
+                waiting.clear()
+        if waiting:
+            yield waiting
+
+    for batch in several():
+        for ids in tokenize(tokenizer, batch, jsonl):
+            tokens += len(ids)
+            yield ids.to(torch.int32)
+        if tokens >= enough:
+            return
+    if not tokens:
+        raise ValueError("dataset: there is no text in it")
+
+
+def _share(text: str | float) -> float | None:
+    """The number that ``--held-out`` is; None where it names a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a number from 0")
+    return value
+
+
+def _whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
