@@ -445,9 +445,14 @@ class _Run:
 
     def _evaluate(self) -> None:
         self.bar.say("measuring on what is held out")
-        self.evaluations.append({"step": self.step, **self._measure(self.lens)})
+        measured = self._measure(self.lens)
+        self.evaluations.append({"step": self.step, "seconds": self._elapsed(), **measured})
         kl = self.evaluations[-1]["kl"].tolist()
         _log.info("step %d: held-out KL %.4f nats, a mean over layers", self.step, mean(kl))
+
+    def _elapsed(self) -> float:
+        """Seconds of all processes that worked on the run."""
+        return self.seconds + time.perf_counter() - self._started
 
     def _tell(self) -> None:
         groups = {name: float(self.losses[-1][part].mean()) for name, part in thirds(len(self.reader.numbers)).items()}
@@ -469,7 +474,7 @@ class _Run:
                 "logit_lens": self.logit_lens,
                 "evaluations": self.evaluations,
                 "init": self.init,
-                "seconds": self.seconds + time.perf_counter() - self._started,
+                "seconds": self._elapsed(),
                 "stepping": self.stepping,
             }
         )
@@ -498,7 +503,7 @@ class _Run:
                 for evaluation in self.evaluations
             ],
             skipped=self.skipped,
-            seconds=self.seconds + time.perf_counter() - self._started,
+            seconds=self._elapsed(),
             tokens_per_second=self.step * self.arguments["tokens_per_step"] / max(self.stepping, 1e-9),
             finished=finished,
             **self.facts,

@@ -26,7 +26,8 @@ class TrainingReport:
     init: list[dict[str, Any]]  #: by layer, the strength of the ridge regression that it began with
     losses: list[list[float]]  #: [steps][layers], the training loss before each step
     logit_lens: list[float]  #: by layer, held-out KL(model || logit lens)
-    evaluations: list[dict[str, Any]]  #: "step" and by layer the lens's held-out "kl", and "ce" where that is trained
+    #: "step", the run's "seconds" so far, and by layer the lens's held-out "kl", and "ce" where that is trained.
+    evaluations: list[dict[str, Any]]
     skipped: list[list[int]]  #: [step, layer] of each step that a layer did not take
     seconds: float  #: of all processes that worked on the run
     tokens_per_second: float  #: of the steps alone
