@@ -68,13 +68,17 @@ $(VENV)/.demo: $(VENV)/.package
 
 # tuned-lens: the library this one is compared with. nnsight and TransformerLens, whose models lenses read; without
 # what they need only to train or to draw, and 3.9.0 since 4.0 has no HookedTransformer. Triton 3.6.0: the oldest that
-# kernels must compile with.
+# kernels must compile with. Chromium, where Debian has it and it may be installed; without a browser the tests of the
+# page in one are skipped.
 WRAPPERS := nnsight==0.8.1 transformer_lens==3.9.0 datasets dill multiprocess xxhash better-abc jaxtyping einops \
 	greenlet cloudpickle zstandard
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation --editable ".[test]" "$(TORCH)"
 	$(PIP) --no-deps tuned-lens==0.2.0 $(WRAPPERS)
 	$(PIP) pydantic
+	@if [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ] && ! command -v chromedriver > /dev/null; then \
+		set -x; DEBIAN_FRONTEND=noninteractive; export DEBIAN_FRONTEND; { apt-get -qq update && \
+		apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core; } > /dev/null || true; fi
 	@if [ "$$(uname)" = Linux ]; then set -x; rm -rf $(VENV)/triton-3.6; \
 		$(PIP) --target $(VENV)/triton-3.6 --no-deps triton==3.6.0; fi
 	@touch $@

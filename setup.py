@@ -94,6 +94,6 @@ if "tuned_lens_fast.kernels" not in packages:  # a checkout without symbolic lin
 setup(
     packages=packages,
     package_dir={} if Path("tuned_lens_fast/kernels").is_dir() else {"tuned_lens_fast.kernels": "kernels"},
-    package_data={"tuned_lens_fast": ["py.typed"]},
+    package_data={"tuned_lens_fast": ["py.typed"], "tuned_lens_fast.plotting": ["page/*"]},
     **native(),
 )

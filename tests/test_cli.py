@@ -383,6 +383,18 @@ def test_html(folder, tmp_path, capsys):
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_html_of_two_lenses(folder, saved, tmp_path, capsys):
+    path, lens = tmp_path / "page.html", tmp_path / "a lens"
+    tl.TunedLens.from_model(saved[1]).save(lens)
+    argv = ["decode", folder, TEXT, "--lens", str(lens), "--compare", "logit", "--watch", "a", "--html", str(path)]
+    assert cli.main(argv) == 0
+    header = re.search('<script type="application/json" id="header">(.*)</script>', path.read_text(encoding="utf-8"))
+    header = json.loads(header[1])
+    assert [run["name"] for run in header["runs"]] == ["tuned lens a lens", "logit lens"]
+    assert header["title"].endswith(", tuned lens a lens, logit lens")
+    assert re.search(r"4 layers x 30 positions in", capsys.readouterr().err)
+
+
 def test_table(folder, capsys):
     assert cli.main(["decode", folder, TEXT, "--layers", "1"]) == 0
     captured = capsys.readouterr()
@@ -543,6 +555,9 @@ def test_version_and_help_import_nothing_that_a_decode_may_not_need():
         (["{model}", "hi", "--id-column", "id"], 2, "--text-column and --id-column are for --jsonl"),
         (["{model}", "hi", "--out", "{tmp}/run", "--json"], 2, "--html and --json hold one text"),
         (["{model}", "hi", "--out", "{tmp}/x.csv", "--html", "{tmp}/../{name}/x.csv"], 2, "--out and --html: both are"),
+        (["{model}", "hi", "--compare", "logit"], 2, "--compare is for --html"),
+        (["{model}", "hi", "--html", "x.html", "--compare", "logit"], 2, "--compare: got 'logit', which is the"),
+        (["{model}", "hi", "--html", "{tmp}/x.html", "--compare", "{tmp}/absent"], 1, "no lens at"),
         (["{model}", "hi", "--stats", "kl,mood"], 2, "argument --stats: got 'mood', wanted names out of log_prob"),
         (["{model}", "hi", "--layers", "3-1"], 2, "argument --layers: got '3-1'"),
         (["{model}", "hi", "--layers", "a"], 2, "argument --layers: got 'a'"),
@@ -606,12 +621,6 @@ def test_outputs_are_checked_before_the_work(folder, tmp_path, capsys, monkeypat
     for load in ("load_model", "load_tokenizer"):
         monkeypatch.setattr(cli.decode, load, lambda args: pytest.fail("the work has begun"))
     assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "absent" / "x.html")]) == 1
-    find_spec = cli.decode.importlib.util.find_spec
-    monkeypatch.setattr(
-        cli.decode.importlib.util, "find_spec", lambda name: None if name == "plotly" else find_spec(name)
-    )
-    assert cli.main(["decode", folder, "hi", "--html", str(tmp_path / "x.html")]) == 1
-    assert "pip install plotly" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "name"), [("--html", "x.html"), ("--out", "x.csv")])

@@ -60,7 +60,9 @@ def test_every_module_is_installed(wheel):
     }
     assert "tuned_lens_fast/kernels/__init__.py" in kernels
     assert package | kernels <= names
-    assert "tuned_lens_fast/py.typed" in names
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "tuned_lens_fast/plotting/page").iterdir()}
+    assert len(pages) == 5
+    assert pages | {"tuned_lens_fast/py.typed"} <= names
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from html import escape
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -189,6 +191,26 @@ class LensStats:
                 else:
                     columns[f"{name.removesuffix('s')}_{i}"] = column.numpy()
         return pandas.DataFrame(columns)
+
+    def show(self, tokenizer: Any = None, input_ids: Tensor | None = None) -> Any:
+        """The page of :func:`tuned_lens_fast.plotting.heatmap_page` in a notebook's output, sealed off from it.
+
+        Args:
+            tokenizer: None shows ids.
+            input_ids: ``[positions]``, what was decoded; None shows the positions' numbers.
+
+        Of a long text the first positions are shown, as many as 65,536 cells are.
+
+        Raises:
+            ValueError: not of one text (``stats[:, i].show()`` is one of a batch), or nothing that can be drawn.
+        """
+        # By its name: the plotting of LensStats imports this module.
+        return import_module("tuned_lens_fast.plotting").NotebookPage(self, tokenizer, input_ids)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: as ``repr``, and how to see more."""
+        hint = "<code>.show(tokenizer, input_ids)</code> draws it" if self.lse.ndim == 2 else ""
+        return f"<pre>{escape(repr(self))}</pre>{hint}"
 
     def __repr__(self) -> str:
         """Shape, fields, and a line a layer: means over positions, the median for ranks."""

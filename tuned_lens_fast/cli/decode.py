@@ -47,7 +47,8 @@ from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.messages import listed, quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.plotting import heatmap_page, print_table
+from tuned_lens_fast.nn import Lens
+from tuned_lens_fast.plotting import compare_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import check_length
@@ -108,7 +109,12 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help=f"write all statistics: a file ({', '.join(_OUT_NEEDS)}), else a folder of Parquet that can be resumed; "
         "the columns are the same, in .csv an entry of a list is a column and text is written as JSON",
     )
-    command.add_argument("--html", type=Path, metavar="FILE", help="write a heatmap as one page that works offline")
+    command.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore that works offline")
+    command.add_argument(
+        "--compare",
+        metavar="LENS",
+        help='in --html, a second lens beside the first and as a difference: "logit", or a tuned lens as in --lens',
+    )
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
@@ -133,6 +139,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         parser.error("--text-column and --id-column are for --jsonl")
     if _is_folder(args.out) and (args.html or args.json):
         parser.error("--html and --json hold one text in memory, --out with a folder none; run them on their own")
+    if args.compare is not None and args.html is None:
+        parser.error("--compare is for --html: the page shows both lenses")
+    if args.compare is not None and (args.lens or "logit") == args.compare:
+        parser.error(f"--compare: got {quoted(args.compare)}, which is the first lens too; wanted another")
     if args.out is not None and args.html is not None and args.out.resolve() == args.html.resolve():
         parser.error(f"--out and --html: both are {args.out}")
 
@@ -164,8 +174,8 @@ def run(args: argparse.Namespace) -> None:
         documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
     _check_outputs(args)
     check_folder(args.model)
-    if args.lens is not None:
-        load_lens_artifacts(args.lens)
+    for name in {args.lens, args.compare} - {None, "logit"}:
+        load_lens_artifacts(name)
     meter = ProgressBar(show, disable=args.quiet)
     stats = None
     with meter.shown(), _plan_shown(show, args.verbose):
@@ -182,6 +192,7 @@ def run(args: argparse.Namespace) -> None:
             place = place_of(args.jsonl, documents[longest])
             raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
         lens = load_lens(model, args.lens)
+        other = None if args.compare is None else load_lens(model, None if args.compare == "logit" else args.compare)
         question: dict[str, Any] = {
             "layers": args.layers,
             "top_k": args.top_k,
@@ -193,14 +204,22 @@ def run(args: argparse.Namespace) -> None:
         }
         count = 1 + len(layers_of(lens, len(get_transformer_layers(model)[1])) if args.layers is None else args.layers)
         start, peak = time.perf_counter(), PeakMemory(model.device)
-        with meter.counting(count):
+
+        def decoded(lens: Lens) -> LensStats:
+            progress.expect(count * len(ids[0]))
+            return cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+
+        runs: list[tuple[str, LensStats, Tensor | None]] = []
+        with meter.counting(count if other is None else 2 * count):
             if _is_folder(args.out):
                 names: Any = [document.id for document in documents] if args.id_column else None
                 decode_documents(model, lens, ids, out=args.out, ids=names, tokenizer=tokenizer, **question)
             else:
-                progress.expect(count * len(ids[0]))
-                batch = cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+                batch = decoded(lens)
                 stats = batch[:, 0]
+                runs = [(_lens_name(args.lens), stats, ids[0])]
+                if other is not None:
+                    runs.append((_lens_name(args.compare), decoded(other)[:, 0], ids[0]))
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
@@ -210,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 write_table(args.out, _table(batch, tokenizer, ids[0]))
         if stats is not None and args.html is not None:
-            page = heatmap_page(stats, tokenizer, ids[0], title=_title(args))
+            page = compare_page(runs, tokenizer, title=_title(args), watch=watch)
             with atomic_write(args.html) as aside:
                 aside.write_text(page, encoding="utf-8")
 
@@ -250,7 +269,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse, before any work, what could not be written after it."""
     needs = {args.out: ("out", _OUT_NEEDS.get(args.out.suffix.lower(), ("pyarrow",)))} if args.out else {}
     if args.html is not None:
-        needs[args.html] = ("html", ("plotly",))
+        needs[args.html] = ("html", ())
     for path, (option, packages) in needs.items():
         for package in packages:
             if importlib.util.find_spec(package) is None:
@@ -296,7 +315,12 @@ def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table
 def _title(args: argparse.Namespace) -> str:
     """ "SmolLM2-135M-Instruct, logit lens": what a page is called."""
     name = Path(args.gguf_file).stem if args.gguf_file else args.model.rstrip("/").split("/")[-1]
-    return f"{name}, {'tuned lens' if args.lens else 'logit lens'}"
+    return ", ".join([name, _lens_name(args.lens), *([_lens_name(args.compare)] if args.compare else [])])
+
+
+def _lens_name(name: str | None) -> str:
+    """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
+    return "logit lens" if name in (None, "logit") else f"tuned lens {name.rstrip('/').split('/')[-1]}"
 
 
 def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token ids as text that can be shown: the table and the heatmap both label their cells with it."""
+"""Token ids as text that can be shown: the table, the page and the figures label their cells with it."""
 
 from __future__ import annotations
 
