@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from urllib.parse import parse_qs
@@ -19,6 +20,7 @@ from test_page import TITLE, Hostile, hostile
 
 import tuned_lens_fast as tl
 from tuned_lens_fast.plotting import compare_page, encode, heatmap_page
+from tuned_lens_fast.plotting.serve import MemoryText, Server
 
 pytest.importorskip("selenium", reason="needs selenium")
 from selenium import webdriver
@@ -219,6 +221,7 @@ def test_pointing_tells_and_clicking_pins(browser, one):
         assert found == pytest.approx(100 * float(p), rel=2e-3), tip
     page.point(2, 3).click().perform()
     page.point(4, 6).click().perform()
+    page.settle()
     cards = browser.find_elements(By.CSS_SELECTOR, "article.pin")
     assert [card.find_element(By.CLASS_NAME, "where").text for card in cards] == [
         "layer 2, position 3", "output, position 6"
@@ -230,6 +233,7 @@ def test_pointing_tells_and_clicking_pins(browser, one):
     drawn = len(browser.find_elements(By.CSS_SELECTOR, "#panel > .card:first-child svg path"))
     assert drawn == 2, "a curve a pin"
     page.point(2, 3).click().perform()
+    page.settle()
     assert len(browser.find_elements(By.CSS_SELECTOR, "article.pin")) == 1, "a second click unpins"
     for _ in range(3):
         page.keys(Keys.ESCAPE)
@@ -346,6 +350,7 @@ def test_two_runs(browser, two):
         wanted = a[[0, 2, 4], :249] - b[:, :249]
         torch.testing.assert_close(torch.tensor(found), wanted, rtol=2**-10, atol=0.02)
     page.click("rank")
+    page.settle()
     page.point(2, 4).click().perform()
     assert page("return page.pins.map((pin) => [pin.run, pin.layer, pin.position])") == [[0, 4, 4]]
     assert not page.errors()
@@ -357,6 +362,7 @@ def test_the_address_restores_the_view(browser, two):
     page.point(1, 2).click().perform()
     page.settle()  # a panel has opened
     page.point(2, 5, pane=1).click().perform()
+    page.settle()
     page("page.panes[0].scroll.scrollLeft = 64 * 100")
     page.keys("/", "mat", Keys.ESCAPE)
     page.element("#stride option[value='2']").click()
@@ -449,6 +455,7 @@ def test_nan_and_infinity_are_drawn_as_such(browser, files):
     ]
     assert {"NaN", "∞", "\u2212∞"} <= {*words}
     page.point(0, 0).click().perform()
+    page.settle()
     assert "KL NaN" in page.element("article.pin table").text
     assert not page.errors()
 
@@ -484,6 +491,35 @@ def test_a_notebooks_frame_is_sealed(browser, files):
     assert browser.execute_script("return page.runs[0].positions") == POSITIONS
     assert browser.execute_script("try { return parent.document.title } catch { return 'sealed' }") == "sealed"
     browser.switch_to.default_content()
+
+
+def test_a_served_page_loads_what_is_in_sight(browser, files, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK", 16)
+    text = MemoryText("one", "One", STATS, IDS, Words())
+    asked = []
+    find = text.part
+    monkeypatch.setattr(text, "part", lambda name: asked.append(name) or find(name))
+    with Server(("127.0.0.1", 0), "texts", [text]) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        browser.get(f"{server.url}#x=100&s=kl")
+        page = Shown.__new__(Shown)
+        page.browser = browser
+        page.until("return document.documentElement.dataset.ready === 'all'")
+        page("page.source.most = 4")
+        assert {"tokens", "text-0", "block-0-6"} <= {*asked}
+        assert "block-0-0" not in asked
+        for at in (0, 250, 100):
+            page("page.goTo(page.runs[0], 2, arguments[0])", at)
+            page.until(f"return page.runs[0].loaded({at})")
+            assert page("return page.runs[0].blocks.filter(Boolean).length") <= 6
+        page.settle()
+        found = page("return page.runs[0].value(page.statistic, 2, 100)")
+        assert found == pytest.approx(float(STATS.kl[2, 100]), rel=2**-11)
+        server.shutdown()
+        thread.join()
+    page("page.goTo(page.runs[0], 2, 200)")
+    page.until("return document.getElementById('size').textContent.includes('does not answer any more')")
 
 
 def test_pages_are_small(one):

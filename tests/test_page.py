@@ -51,13 +51,13 @@ class Page(HTMLParser):
         if tag == "script" and name:
             self.parts[name] = self.parts.get(name, "") + data
 
-    def words(self, name):
-        """A part's numbers of four bytes, in the order of its bytes: the highest first, unlike anywhere else."""
-        return np.frombuffer(gzip.decompress(base64.b64decode(self.parts[name])), np.uint8)
+    def bytes(self, name):
+        """A part as it is in the page."""
+        return base64.b64decode(self.parts[name])
 
     def arrays(self, name, *arrays):
         """Arrays of (dtype, shape) that follow one another in a part."""
-        raw, at = self.words(name), 0
+        raw, at = np.frombuffer(gzip.decompress(self.bytes(name)), np.uint8), 0
         for dtype, shape in arrays:
             count = math.prod(shape)
             planes = raw[at : at + 4 * count].reshape(4, count).astype(np.uint32)
@@ -67,7 +67,7 @@ class Page(HTMLParser):
         assert at == len(raw)
 
     def tokens(self):
-        return json.loads(gzip.decompress(base64.b64decode(self.parts["tokens"])))
+        return json.loads(gzip.decompress(self.bytes("tokens")))
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import traceback
 from collections.abc import Sequence
 
 import tuned_lens_fast
-from tuned_lens_fast.cli import check, decode, evaluate, info, train
+from tuned_lens_fast.cli import check, decode, evaluate, explore, info, train
 from tuned_lens_fast.cli.arguments import Parser
 from tuned_lens_fast.cli.output import quiet_libraries
 from tuned_lens_fast.messages import shortened
 
-_COMMANDS = (decode, train, evaluate, info, check)
+_COMMANDS = (decode, explore, train, evaluate, info, check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

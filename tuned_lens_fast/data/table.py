@@ -5,6 +5,7 @@ It stands near the end of the way from hidden state to statistics, between ``Len
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,37 @@ def table_of(
             flat = pa.ListArray.from_arrays(pa.array(offsets), flat)
         columns[name] = flat
     return pa.table(columns)
+
+
+def stats_of(table: pa.Table, layers: Tensor, start: int, stop: int) -> LensStats:
+    """The statistics of the rows of one document that :func:`table_of` made, ``[layers, positions]``.
+
+    Columns that are not there are left out; ``lse`` is then NaN.
+
+    Args:
+        table: rows of ``layers`` and of the positions from ``start`` to before ``stop``, in any order.
+        layers: int64, as in the column ``layer``, sorted.
+    """
+    import pyarrow as pa
+
+    shape = len(layers), stop - start
+    rows = np.searchsorted(layers.numpy(), table["layer"].to_numpy())
+    at = torch.from_numpy(rows * shape[1] + table["position"].to_numpy() - start)
+    found: dict[str, Tensor] = {"lse": torch.full(shape, torch.nan), "layers": layers}
+    for name in {field.name for field in fields(LensStats)} & {*table.column_names}:
+        column = table[name].combine_chunks()
+        if pa.types.is_integer(column.type):
+            column = column.fill_null(0)
+        width: tuple[int, ...] = ()
+        if pa.types.is_list(column.type):
+            column = column.flatten()
+            width = (len(column) // max(1, len(at)),)
+        values = torch.from_numpy(column.to_numpy(zero_copy_only=False).copy()).reshape(len(at), *width)
+        whole = values.new_full((shape[0] * shape[1], *width), 0 if values.dtype == torch.int32 else torch.nan)
+        whole[at] = values
+        whole = whole.reshape(*shape, *width)
+        found[name] = whole.long() if values.dtype == torch.int32 else whole
+    return LensStats(**found)
 
 
 def float_encodings(schema: pa.Schema) -> dict[str, str]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,8 @@ FORMAT = 1
 BLOCK = 512
 #: Bits of a float's mantissa that are kept.
 _BITS = 10
+#: Values that the end of a scale is chosen by, at most.
+_SAMPLE = 2**20
 #: Cells that a page can jump to, for each question.
 _PEAKS = 100
 
@@ -110,34 +113,46 @@ def drawn_names(stats: LensStats) -> list[str]:
     return [name for name in DRAWN if getattr(stats, name) is not None]
 
 
-def header(title: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a page reads first; ``runs`` are of :func:`described`."""
-    return {"format": FORMAT, "block": BLOCK, "title": visible_line(title), "runs": [*runs]}
+def header(title: str, runs: Sequence[dict[str, Any]], served: bool = False) -> dict[str, Any]:
+    """What a page reads first; ``runs`` are of :func:`described`, ``served`` says where the other parts are."""
+    return {"format": FORMAT, "block": BLOCK, "title": visible_line(title), "served": served, "runs": [*runs]}
 
 
-def described(name: str, stats: LensStats, tokens: Tokens, watch: Iterable[int] | None) -> dict[str, Any]:
-    """A run's part of the header: what its blocks hold, in order, its colours, and the cells to jump to."""
-    watched = 0 if stats.watch_log_probs is None else stats.watch_log_probs.shape[-1]
+def described(
+    name: str,
+    first: LensStats,
+    positions: int,
+    whole: Callable[[str], Tensor],
+    tokens: Tokens,
+    watch: Iterable[int] | None,
+) -> dict[str, Any]:
+    """A run's part of the header: what its blocks hold, in order, its colours, and the cells to jump to.
+
+    ``first`` is any part of the run, ``whole(statistic)`` that statistic of all ``positions``.
+    """
+    watched = 0 if first.watch_log_probs is None else first.watch_log_probs.shape[-1]
     ids = [*(watch or ())][:watched]
     named = tokens.number(torch.tensor(ids, dtype=torch.int64)).tolist()
-    statistics = []
-    for key in drawn_names(stats):
-        drawn = DRAWN[key]
-        low, high = drawn.span or _span(getattr(stats, key), drawn.log)
+    statistics: list[dict[str, Any]] = []
+    peaks: list[tuple[int, int]] = []
+    for key in drawn_names(first):
+        drawn, values = DRAWN[key], whole(key)
+        low, high = drawn.span or _span(values, drawn.log)
+        peaks = _largest(values) if key == "kl" else peaks
         statistics.append(
             {
                 "name": key, "label": drawn.label, "title": drawn.title, "low": low, "high": high, "log": drawn.log,
-                "ofTarget": drawn.of_target, "changes": _changes(getattr(stats, key)),
+                "ofTarget": drawn.of_target, "changes": _changes(values),
             }
         )  # fmt: skip
     return {
         "name": visible_line(name),
-        "positions": stats.lse.shape[1],
-        "layers": layer_names(stats),
+        "positions": positions,
+        "layers": layer_names(first),
         "statistics": statistics,
-        "k": 0 if stats.top_ids is None else stats.top_ids.shape[-1],
+        "k": 0 if first.top_ids is None else first.top_ids.shape[-1],
         "watched": [*named, *[-1] * (watched - len(named))],
-        "peaks": [] if stats.kl is None else _largest(stats.kl),
+        "peaks": peaks,
     }
 
 
@@ -173,7 +188,7 @@ def parts(
     tokens, found, descriptions = Tokens(tokenizer), {}, []
     watch = None if watch is None else [*watch]
     for i, (name, stats, input_ids) in enumerate(runs):
-        descriptions.append(described(name, stats, tokens, watch))
+        descriptions.append(described(name, stats, stats.lse.shape[1], partial(getattr, stats), tokens, watch))
         found[f"text-{i}"] = text_part(stats, input_ids, tokens)
         for j, start in enumerate(range(0, stats.lse.shape[1], BLOCK)):
             found[f"block-{i}-{j}"] = block_part(stats[:, start : start + BLOCK], tokens)
@@ -188,12 +203,13 @@ def visible_line(text: str) -> str:
 
 def _span(values: Tensor, log: bool) -> tuple[float, float]:
     """Where colours begin and end: a few outliers, such as KL at the embedding, would leave one for all the rest."""
-    finite = values[torch.isfinite(values) & (values > 0)].double().sort().values
+    finite = values[torch.isfinite(values) & (values > 0)]
     if not len(finite):
         return (0.0, 1.0)
     if log:
-        return (0.0, max(float(finite[-1].log10()), 1.0))
-    return (0.0, max(float(finite[int(0.96 * (len(finite) - 1))]), 1e-3))
+        return (0.0, max(float(finite.max().double().log10()), 1.0))
+    finite = finite[:: 1 + len(finite) // _SAMPLE]
+    return (0.0, max(float(finite.kthvalue(1 + int(0.96 * (len(finite) - 1))).values), 1e-3))
 
 
 def _largest(values: Tensor) -> list[tuple[int, int]]:

@@ -13,12 +13,12 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from tuned_lens_fast.messages import quoted
-from tuned_lens_fast.plotting.encode import DRAWN, drawn_names, parts, visible_line
+from tuned_lens_fast.plotting.encode import DRAWN, drawn_names, parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,16 +76,21 @@ def compare_page(
     runs = [(name, stats.to("cpu"), None if ids is None else ids.cpu()) for name, stats, ids in runs]
     for _, stats, input_ids in runs:
         _check(stats, input_ids)
-    header, found = parts(runs, tokenizer, title, watch)
+    return written(*parts(runs, tokenizer, title, watch))
+
+
+def written(header: dict[str, Any], found: dict[str, bytes]) -> str:
+    """The page with these parts in it; those of a header that says it is served are fetched."""
     style, script = _source("page.css"), "\n".join(map(_source, ("data.js", "draw.js", "page.js")))
     # "<" would let a text end the script that holds it.
-    written = json.dumps(header, ensure_ascii=False).replace("<", "\\u003c")
-    lines = [f'<script type="application/json" id="header">{written}</script>']
+    first = json.dumps(header, ensure_ascii=False).replace("<", "\\u003c")
+    lines = [f'<script type="application/json" id="header">{first}</script>']
     for name, part in found.items():
         lines.append(f'<script type="text/plain" id="{name}">{base64.b64encode(part).decode()}</script>')
     return Template(_source("page.html")).substitute(
-        title=html.escape(visible_line(title)),
-        policy=f"script-src {_hashed(script)}; style-src {_hashed(style)}",
+        title=html.escape(header["title"]),
+        policy=f"script-src {hashed(script)}; style-src {hashed(style)}; "
+        + ("connect-src 'self'" if header["served"] else "connect-src 'none'"),
         style=style,
         parts="\n".join(lines),
         script=script,
@@ -129,6 +134,6 @@ def _source(name: str) -> str:
     return (files("tuned_lens_fast.plotting") / "page" / name).read_text(encoding="utf-8")
 
 
-def _hashed(source: str) -> str:
+def hashed(source: str) -> str:
     """``source`` as a policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"

@@ -1,11 +1,11 @@
-// Where the numbers come from. `Embedded` finds the parts in the page itself; whatever else has `header()` and `part()`,
-// such as one that fetches them, takes its place. `Run` unpacks parts as they are needed; drawing asks it for numbers.
-// The parts are those of encode.py.
+// Where the numbers come from. `Embedded` finds the parts in the page itself, `Fetched` asks the server that the page came
+// from. `Run` unpacks parts as they are needed; drawing asks it for numbers. The parts are those of encode.py.
 
 const FORMAT = 1;
 
 class Embedded {
-  header() { return JSON.parse(document.getElementById("header").textContent); }
+  /** All blocks are unpacked and kept. */
+  most = Infinity;
 
   /** The gzipped bytes of a part. */
   async part(name) {
@@ -13,6 +13,17 @@ class Embedded {
     element.remove(); // a part is asked for once, and is as large in the document as unpacked
     if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
     return Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  }
+}
+
+class Fetched {
+  /** Blocks that are kept; the oldest go. */
+  most = 48;
+
+  async part(name) {
+    const answer = await fetch(`part/${name}`).catch(() => null);
+    if (!answer?.ok) throw new Error("The server of this page does not answer any more: start it again, and open the address that it prints.");
+    return new Uint8Array(await answer.arrayBuffer());
   }
 }
 
@@ -49,6 +60,7 @@ class Run {
     }));
     this.blocks = [];
     this.loading = [];
+    this.kept = [];
   }
 
   async open() {
@@ -62,7 +74,7 @@ class Run {
   /** Resolves when the block that holds `position` is there. */
   load(position) {
     const i = Math.floor(position / this.block);
-    return (this.loading[i] ??= this.#load(i));
+    return (this.loading[i] ??= this.#load(i).catch((error) => { delete this.loading[i]; throw error; }));
   }
 
   async #load(i) {
@@ -77,6 +89,12 @@ class Run {
     block.logProbs = each(reader.floats(this.k * size));
     block.tops = each(reader.ints(this.k * size));
     this.blocks[i] = block;
+    this.kept.push(i);
+    if (this.kept.length > this.source.most) {
+      const old = this.kept.shift();
+      delete this.blocks[old];
+      delete this.loading[old];
+    }
   }
 
   loaded(position) { return this.blocks[Math.floor(position / this.block)] !== undefined; }

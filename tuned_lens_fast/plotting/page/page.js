@@ -3,6 +3,8 @@
 const $ = (id) => document.getElementById(id);
 const CELLS = [4, 8, 16, 32, 48, 64, 88, 120, 160];
 const THEMES = ["light", "dark"];
+/** Pixels; Firefox lays out nothing wider than 17.8 million. */
+const WIDEST = 17e6;
 
 /** An element; texts among its children become text nodes. */
 function h(tag, properties = {}, ...children) {
@@ -25,8 +27,7 @@ function svg(tag, attributes, ...children) {
 }
 
 class Page {
-  constructor(source) {
-    this.source = source;
+  constructor() {
     this.state = {
       statistic: "", a: 0, b: 1, mode: "one", scale: "viridis", cell: 64, stride: 1, values: false, marks: true,
       theme: matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light",
@@ -42,7 +43,7 @@ class Page {
   }
 
   async open() {
-    const header = this.source.header();
+    const header = JSON.parse($("header").textContent);
     if (header.format !== FORMAT) {
       throw new Error(`This page has data of format ${header.format}, and its script reads format ${FORMAT}: make the `
         + "page anew with one version of tuned-lens-fast.");
@@ -50,6 +51,7 @@ class Page {
     if (!window.DecompressionStream) {
       throw new Error("This browser is too old for the page: Firefox 113, Chrome 80, Safari 16.4 or newer show it.");
     }
+    this.source = header.served ? new Fetched() : new Embedded();
     this.title = header.title;
     this.runs = header.runs.map((info, i) => new Run(this.source, i, info, header.block));
     const [tokens] = await Promise.all([
@@ -73,7 +75,7 @@ class Page {
     performance.mark("first picture");
     document.documentElement.dataset.ready = "first";
     addEventListener("hashchange", () => { if (location.hash !== this.hash) { this.restore(); this.arrange(); } });
-    for (const run of this.runs) {
+    for (const run of this.source.most === Infinity ? this.runs : []) {
       for (let at = 0; at < run.positions; at += run.block) {
         await run.load(at);
         await new Promise((resolve) => setTimeout(resolve)); // a frame between two blocks
@@ -246,7 +248,7 @@ class Page {
       drawPane(new CanvasPen(pane.canvas.getContext("2d", { alpha: false }), ratio), view);
       for (let at = from; at < to; at += 64) missing ||= !pane.run.loaded(at);
     }
-    if (missing) this.loadInSight().then(() => this.changed({ map: true, panel: true }));
+    if (missing) this.loadInSight().then(() => this.changed({ map: true, panel: true }), (error) => { $("size").textContent = error.message; });
     this.drawMap(stale.map);
     if (stale.map) this.drawLegend();
     if (stale.panel) this.drawPanel();
@@ -453,7 +455,7 @@ class Page {
 
   zoom(by) {
     const at = CELLS.indexOf(this.state.cell), cell = CELLS[Math.max(0, Math.min(CELLS.length - 1, at + by))];
-    if (cell === this.state.cell) return;
+    if (cell === this.state.cell || cell * this.panes[0].run.positions > WIDEST) return;
     // The middle stays where it is, or the cursor.
     const { x, y } = this.standing(), half = (this.panes[0].width - LABELS) / 2;
     const middle = x + half / this.state.cell;
@@ -718,6 +720,7 @@ class Page {
     state.scale = among("c", Object.keys(SCALES), state.scale);
     state.theme = among("t", THEMES, state.theme);
     state.cell = Number(among("w", CELLS.map(String), String(state.cell)));
+    while (state.cell > CELLS[0] && state.cell * Math.max(...this.runs.map((run) => run.positions)) > WIDEST) state.cell = CELLS[CELLS.indexOf(state.cell) - 1];
     state.stride = Number(among("l", ["1", "2", "3", "4", "8"], String(state.stride)));
     state.values = Boolean(whole("v", 2, Number(state.values)));
     state.marks = Boolean(whole("m", 2, Number(state.marks)));
@@ -902,7 +905,7 @@ function chart(lines, { low, high, log = false, percent = false, statistic }) {
   return figure;
 }
 
-const page = new Page(new Embedded());
+const page = new Page();
 page.open().catch((error) => {
   document.body.replaceChildren(h("p", { class: "problem", role: "alert" }, error.message));
   document.documentElement.dataset.ready = "problem";
