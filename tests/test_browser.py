@@ -142,6 +142,13 @@ class Shown:
     def element(self, selector):
         return self.browser.find_element(By.CSS_SELECTOR, selector)
 
+    def texts(self, selector):
+        """What the elements read, in one go: the page may make them anew at any time."""
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].map((one) => one.innerText.replaceAll('\\t', ' '))"
+        )
+        return self(script, selector)
+
     def click(self, text):
         self.browser.find_element(By.XPATH, f"//button[text()={json.dumps(text)}]").click()
 
@@ -174,7 +181,7 @@ class Shown:
 
     def tip(self):
         self.until("return !document.getElementById('tip').hidden")
-        return self.element("#tip").text
+        return self.texts("#tip")[0]
 
     def errors(self):
         return [entry["message"] for entry in self.browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -188,8 +195,7 @@ def test_colours_are_the_statistics(browser, one):
     for label, span in spans.items():
         page.click(label)
         page.settle()
-        (pressed,) = browser.find_elements(By.CSS_SELECTOR, "#statistics [aria-pressed=true]")
-        assert pressed.text == label
+        assert page.texts("#statistics [aria-pressed=true]") == [label]
         name = {"top prob": "max_prob", "log-prob": "log_prob", "KL": "kl"}.get(label, label)
         values = getattr(STATS, name)
         above = values[values > 0].double().sort().values
@@ -222,14 +228,15 @@ def test_pointing_tells_and_clicking_pins(browser, one):
     page.point(2, 3).click().perform()
     page.point(4, 6).click().perform()
     page.settle()
-    cards = browser.find_elements(By.CSS_SELECTOR, "article.pin")
-    assert [card.find_element(By.CLASS_NAME, "where").text for card in cards] == [
+    assert page.texts("article.pin .where") == [
         "layer 2, position 3", "output, position 6"
     ]  # fmt: skip
-    assert len({card.value_of_css_property("border-left-color") for card in cards}) == 2
-    around = [word.text for word in cards[0].find_elements(By.CSS_SELECTOR, ".around .token")]
-    assert around == [WORDS[i] for i in IDS[:16].tolist()]
-    assert cards[0].find_element(By.CLASS_NAME, "here").text == WORDS[IDS[3]]
+    script = (
+        "return [...document.querySelectorAll('article.pin')].map((card) => getComputedStyle(card).borderLeftColor)"
+    )
+    assert len({*page(script)}) == 2
+    assert page.texts("article.pin:nth-child(2) .around .token") == [WORDS[i] for i in IDS[:16].tolist()]
+    assert page.texts("article.pin .here") == [WORDS[IDS[3]], WORDS[IDS[6]]]
     drawn = len(browser.find_elements(By.CSS_SELECTOR, "#panel > .card:first-child svg path"))
     assert drawn == 2, "a curve a pin"
     page.point(2, 3).click().perform()
@@ -326,15 +333,14 @@ def test_keys(browser, one):
 
 def test_two_runs(browser, two):
     page = Shown(browser, two)
-    assert [name.text for name in browser.find_elements(By.CSS_SELECTOR, ".pane h2")] == ["tuned", "logit"]
+    assert page.texts(".pane h2") == ["tuned", "logit"]
     page("page.panes[1].scroll.scrollLeft = 2000")
     page.settle()
     assert page("return page.panes.map((pane) => pane.scroll.scrollLeft)") == [2000, 2000]
     page("page.panes[0].scroll.scrollLeft = 0")
     page.settle()
     page.point(2, 4).perform()
-    head = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#tip thead th")]
-    assert head == ["", "tuned", "logit"]
+    assert page.texts("#tip thead th") == ["", "tuned", "logit"]
     browser.find_element(By.CSS_SELECTOR, "#mode option[value=minus]").click()
     page.settle()
     assert page("return [page.panes.length, page.panes[0].run.layers, page.panes[0].run.positions]") == [
@@ -427,6 +433,7 @@ def test_hostile_texts_are_shown_and_never_run(browser, files):
         page.point(layer, layer).perform()
         page.tip()
     page.keys("?", Keys.ESCAPE)
+    assert Hostile.TEXTS[0].replace(" ", "·") in "".join(page.texts("article.pin"))
     browser.find_element(By.CSS_SELECTOR, "#mode option[value=minus]").click()
     page.settle()
     shown = page("return document.body.innerText")
@@ -456,7 +463,7 @@ def test_nan_and_infinity_are_drawn_as_such(browser, files):
     assert {"NaN", "∞", "\u2212∞"} <= {*words}
     page.point(0, 0).click().perform()
     page.settle()
-    assert "KL NaN" in page.element("article.pin table").text
+    assert "KL NaN" in page.texts("article.pin table")[0]
     assert not page.errors()
 
 
@@ -465,7 +472,7 @@ def test_what_is_not_known_is_left_out(browser, files):
     (files / "bare.html").write_text(heatmap_page(bare, None, None), encoding="utf-8")
     page = Shown(browser, files / "bare.html", "p=0.1.0")
     page.keys("k", "c", "f", "v", "/", "a", Keys.ENTER, Keys.ESCAPE, Keys.ARROW_DOWN)
-    assert page.element("article.pin .where").text == "layer 1, position 0"
+    assert page.texts("article.pin .where") == ["layer 1, position 0"]
     assert not page.errors()
 
 
