@@ -137,7 +137,7 @@ def described(
     peaks: list[tuple[int, int]] = []
     for key in drawn_names(first):
         drawn, values = DRAWN[key], whole(key)
-        low, high = drawn.span or _span(values, drawn.log)
+        low, high = drawn.span or usual_span(values, drawn.log)
         peaks = _largest(values) if key == "kl" else peaks
         statistics.append(
             {
@@ -201,7 +201,7 @@ def visible_line(text: str) -> str:
     return "".join(char if char.isprintable() else visible(char) for char in text)
 
 
-def _span(values: Tensor, log: bool) -> tuple[float, float]:
+def usual_span(values: Tensor, log: bool) -> tuple[float, float]:
     """Where colours begin and end: a few outliers, such as KL at the embedding, would leave one for all the rest."""
     finite = values[torch.isfinite(values) & (values > 0)]
     if not len(finite):

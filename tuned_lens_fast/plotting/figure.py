@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.messages import quoted
-from tuned_lens_fast.plotting.encode import DRAWN, drawn_names
+from tuned_lens_fast.plotting.encode import DRAWN, drawn_names, usual_span
 from tuned_lens_fast.plotting.tokens import NO_TOKEN, fit, layer_names, token_texts
 
 if TYPE_CHECKING:
@@ -73,8 +73,9 @@ def figure(
         if read is not None:
             across = [fit(texts[token], _LETTERS) for token in read.tolist()]
     title = f"log10 of {drawn.title}" if drawn.log else drawn.title
+    span = None if drawn.log else drawn.span or usual_span(getattr(stats, statistic).cpu(), False)
     draw = _matplotlib if backend == "matplotlib" else _plotly
-    return draw(values, words, across, layer_names(stats), title, None if drawn.log else drawn.span, colours)
+    return draw(values, words, across, layer_names(stats), title, span, colours)
 
 
 def _matplotlib(
@@ -108,7 +109,10 @@ def _matplotlib(
             axes.text(
                 column, row, word, ha="center", va="center", fontsize=7, color=ink, parse_math=False, clip_on=True
             )
-    drawing.colorbar(image, ax=axes, label=title, pad=0.01)
+    # Pointed where values lie beyond the scale.
+    below, above = (bool((values < image.norm.vmin).any()), bool((values > image.norm.vmax).any()))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    drawing.colorbar(image, ax=axes, label=title, pad=0.01, extend=extend)
     return drawing
 
 

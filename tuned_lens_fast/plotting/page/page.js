@@ -359,11 +359,12 @@ class Page {
     const tip = $("tip");
     if (!at || !this.sides(at).every(({ run }) => run.loaded(at.position))) { tip.hidden = true; return; }
     const sides = this.sides(at), [{ run, layer }] = sides;
+    // Of two lenses the text is one, of two texts it is not.
+    const texts = sides.filter((side) => side.run === run || ["read", "target"].some((of) => side.run[of][at.position] !== run[of][at.position]));
     tip.replaceChildren(
       h("div", { class: "where" }, this.where(run, layer, at.position)),
-      h("table", {}, h("tbody", {},
-        h("tr", {}, h("th", {}, "reads"), h("td", { class: "text" }, this.token(run.read[at.position]))),
-        h("tr", {}, h("th", {}, "next"), h("td", { class: "text" }, this.token(run.target[at.position]))))),
+      h("table", {}, h("tbody", {}, ...[["reads", "read"], ["next", "target"]].map(([label, of]) => h("tr", {}, h("th", {}, label),
+        ...texts.map((side) => h("td", { class: "text" }, this.token(side.run[of][at.position]))))))),
       this.numbers(sides, at.position),
       ...sides.flatMap((side) => [...(sides.length > 1 ? [h("div", { class: "run" }, side.run.name)] : []), this.bars(side, at.position, () => "var(--pale)")]),
     );
