@@ -390,9 +390,9 @@ def test_html_of_two_lenses(folder, saved, tmp_path, capsys):
     assert cli.main(argv) == 0
     header = re.search('<script type="application/json" id="header">(.*)</script>', path.read_text(encoding="utf-8"))
     header = json.loads(header[1])
-    assert [run["name"] for run in header["runs"]] == ["tuned lens a lens", "logit lens"]
-    assert header["title"].endswith(", tuned lens a lens, logit lens")
-    assert re.search(r"4 layers x 30 positions in", capsys.readouterr().err)
+    assert [run["name"] for run in header["runs"]] == ["lens a lens", "logit lens"]
+    assert header["title"].endswith(", lens a lens, logit lens")
+    assert re.search(r"8 layers x 30 positions in", capsys.readouterr().err)
 
 
 def test_table(folder, capsys):

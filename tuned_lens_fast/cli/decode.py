@@ -202,19 +202,21 @@ def run(args: argparse.Namespace) -> None:
             "engine": args.engine,
             "memory_budget": args.memory_budget,
         }
-        count = 1 + len(layers_of(lens, len(get_transformer_layers(model)[1])) if args.layers is None else args.layers)
+        blocks = len(get_transformer_layers(model)[1])
+        lenses = [lens] if other is None else [lens, other]
+        count = sum(1 + len(layers_of(each, blocks) if args.layers is None else args.layers) for each in lenses)
         start, peak = time.perf_counter(), PeakMemory(model.device)
 
         def decoded(lens: Lens) -> LensStats:
-            progress.expect(count * len(ids[0]))
             return cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
 
         runs: list[tuple[str, LensStats, Tensor | None]] = []
-        with meter.counting(count if other is None else 2 * count):
+        with meter.counting(count):
             if _is_folder(args.out):
                 names: Any = [document.id for document in documents] if args.id_column else None
                 decode_documents(model, lens, ids, out=args.out, ids=names, tokenizer=tokenizer, **question)
             else:
+                progress.expect(count * len(ids[0]))
                 batch = decoded(lens)
                 stats = batch[:, 0]
                 runs = [(_lens_name(args.lens), stats, ids[0])]
@@ -320,7 +322,7 @@ def _title(args: argparse.Namespace) -> str:
 
 def _lens_name(name: str | None) -> str:
     """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
-    return "logit lens" if name in (None, "logit") else f"tuned lens {name.rstrip('/').split('/')[-1]}"
+    return "logit lens" if name in (None, "logit") else f"lens {name.rstrip('/').split('/')[-1]}"
 
 
 def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:
