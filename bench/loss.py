@@ -149,8 +149,20 @@ def main() -> int:
             line += f"  tuned-lens takes {library / median:.2f} times as long"
         print(line)
     if options.out is not None:
-        shape = {"layers": problem.layers, "positions": options.positions, "gradients": gradients}
-        write(options.out, {**heading("loss.py", sys.argv[1:], device.type), **shape, "contenders": found})
+        shape = {
+            "loss": options.loss,
+            "layers": problem.layers,
+            "positions": options.positions,
+            "vocab": problem.head.vocab,
+            "d_model": problem.head.weight.shape[1],
+            "dtype": options.dtype,
+            "budget": budget,
+            "gradients": gradients,
+        }
+        write(
+            options.out,
+            {"kind": "losses", **heading("loss.py", sys.argv[1:], device.type), **shape, "contenders": found},
+        )
     return 0
 
 

@@ -30,6 +30,7 @@ TITLES = {
     "native": "On a CPU: the engines beside the bare product and tuned-lens",
     "cpu": "On a CPU: all contenders, and what time and memory grow with",
     "long-context": "On a CPU: long contexts",
+    "training": "On a CPU: training a lens",
 }
 #: What may vary in a comparison -> how a value of it is told.
 AXES = {
@@ -378,11 +379,55 @@ def gpu_checks(result: Result) -> Iterator[str]:
         yield from table(["counter", "value"], result["profile"].items())
 
 
+def training_steps(result: Result) -> Iterator[str]:
+    """What the losses of all layers and their gradients cost."""
+    what = {"kl": "KL(model || lens)", "ce": "cross-entropy"}[result["loss"]]
+    yield (
+        f"{what} of {result['layers']} layers x {result['positions']:,} positions, d_model {result['d_model']:,}, "
+        f"{result['vocab']:,} tokens, {result['dtype']}, and its gradient by every translator; memory_budget "
+        f"{result['budget'] / 2**20:.0f} MiB. *Two products*: every row with W, and a tile of logits with W again, in "
+        "the quickest of PyTorch's tiles. *MiB*: growth of the peak beside the gradients, which take "
+        f"{result['gradients'] / 2**20:.0f} MiB.\n"
+    )
+    rows = [
+        [
+            name,
+            number(found["seconds"]["median"]),
+            f"{found['of_two_products']:.2f}",
+            number(found["beside_gradients"] / 2**20) if "beside_gradients" in found else "",
+            f"{found['tuned_lens_over_it']:.2f}" if "tuned_lens_over_it" in found else "",
+        ]
+        for name, found in result["contenders"].items()
+    ]
+    yield from table(["", "s", "of two products", "MiB", "tuned-lens's time over it"], rows)
+
+
+def lens_training(result: Result) -> Iterator[str]:
+    """Held-out KL of two recipes, measurement by measurement."""
+    arguments = next(iter(result["recipes"].values()))["arguments"]
+    yield (
+        f"SmolLM2-135M, steps of {arguments['tokens_per_step']:,} tokens, held-out KL in nats by layer, measured on "
+        f"{arguments['eval_tokens']:,} tokens.\n"
+    )
+    rows = []
+    for name, found in result["recipes"].items():
+        if not rows:
+            rows.append(["logit lens", "", "", *_nats(found["logit_lens"])])
+        rows += [[name, f"{one['step']}", f"{one['seconds']:,.0f}", *_nats(one["kl"])] for one in found["evaluations"]]
+    yield from table(["recipe", "step", "s", *map(str, result["layers"]), "mean"], rows)
+
+
+def _nats(kl: Sequence[float]) -> list[str]:
+    return [f"{value:.2f}" for value in (*kl, statistics.mean(kl))]
+
+
 KINDS = {
     "comparison": comparison,
     "profile": profile,
     "long contexts": long_contexts,
     "gpu checks": gpu_checks,
+    "losses": training_steps,
+    "lens training": lens_training,
 }
 
 

@@ -56,6 +56,12 @@ SUITES: dict[str, dict[str, str]] = {
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
+    "training": {
+        "kl": "loss.py --weights real --loss kl --rounds 9",
+        "ce": "loss.py --weights real --loss ce --rounds 9",
+        "few-mib": "loss.py --weights real --loss kl --budget-mib 12 --rounds 9",
+        "linear_cross_entropy": "loss.py --positions 16 --loss ce --with-linear-cross-entropy --rounds 5",
+    },
     # `make bench`: small, so that all of it takes a minute or two, and with one floor, so that two runs compare.
     "quick": {
         "walk": f"{SMOLLM2} --start head --layers 8 --vocabulary 16384 --positions 64 {LADDER}--statistics {EVERY} "

@@ -80,7 +80,15 @@ def main() -> int:
             faster = theirs[-1]["seconds"] / reached["seconds"]
             print(f"its final KL is reached at step {reached['step']}, in a {faster:.1f}th of its time")
     if options.out is not None:
-        write(options.out, {**heading("train_lens.py", sys.argv[1:], "cpu"), "layers": numbers, "recipes": found})
+        write(
+            options.out,
+            {
+                "kind": "lens training",
+                **heading("train_lens.py", sys.argv[1:], "cpu"),
+                "layers": numbers,
+                "recipes": found,
+            },
+        )
     return 0
 
 
