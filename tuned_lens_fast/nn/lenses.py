@@ -49,9 +49,22 @@ class Lens(abc.ABC, nn.Module):
     """Decodes hidden states of any layer into logits.
 
     ``idx`` is the layer a hidden state enters: ``hidden_states[idx]`` of transformers, 0 being the embedding.
+
+    A class that brings ``translator(idx)``, the affine map that its ``transform_hidden`` adds, is decoded by it. Any
+    other is by its ``transform_hidden``, a layer at a time.
     """
 
     unembed: Unembed
+    #: Whether ``translator`` says all that the lens does before the unembedding.
+    affine = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class that brings a ``transform_hidden`` or ``forward`` of its own, and no ``translator``, means these."""
+        super().__init_subclass__(**options)
+        if "translator" in vars(cls):
+            cls.affine = True
+        elif not {"transform_hidden", "forward"}.isdisjoint(vars(cls)):
+            cls.affine = False
 
     def __init__(self, unembed: Unembed) -> None:
         """``unembed`` maps the translated hidden state to logits."""
@@ -65,16 +78,6 @@ class Lens(abc.ABC, nn.Module):
     @abc.abstractmethod
     def forward(self, h: Tensor, idx: int) -> Tensor:
         """Logits ``[..., vocab]`` of the hidden states ``h`` ``[..., d_model]`` of layer ``idx``."""
-
-    def translator(self, idx: int) -> Translator | None:
-        """What :meth:`decode` adds to the hidden state of layer ``idx``: an affine map of it, or None for
-        nothing.
-
-        Raises:
-            IndexError: the lens has no layer ``idx``.
-            NotImplementedError: the lens is of a kind that does not say.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no translator(idx), which decode needs")
 
     #: Statistics of every layer and position.
     decode = decode
@@ -171,7 +174,7 @@ class LogitLens(Lens):
 
     def forward(self, h: Tensor, idx: int) -> Tensor:
         """Logits ``[..., vocab]`` of ``h`` ``[..., d_model]``, whatever ``idx``; see :class:`Unembed`."""
-        return self.unembed.forward(h)
+        return self.unembed.forward(self.transform_hidden(h, idx))
 
     def translator(self, idx: int) -> Translator | None:
         """None: the logit lens reads the hidden state as it is."""
