@@ -7,13 +7,14 @@ its states are transformed a layer at a time, and read with the unembedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.decoding import Engine
-from tuned_lens_fast.engines.interface import AffineLens, DecodableLens, Query, Readout
+from tuned_lens_fast.engines.interface import AffineLens, DecodableLens, Head, Query, Readout
 from tuned_lens_fast.engines.tiling import flattens
 from tuned_lens_fast.models.comparison import close
 
@@ -31,23 +32,31 @@ def readout_of(lens: DecodableLens, layers: Iterable[int]) -> Readout:
 
 
 def read(
-    engine: Engine, lens: Any, layers: Sequence[int], hidden: Sequence[Tensor], query: Query, memory_budget: int
+    engine: Engine,
+    lens: Any,
+    layers: Sequence[int],
+    hidden: Sequence[Tensor],
+    query: Query,
+    memory_budget: int,
+    head: Head | None = None,
 ) -> dict[str, Tensor]:
     """``engine.decode`` of what ``lens`` reads in ``hidden``, entries ``[..., d_model]`` of its ``layers``.
 
-    A lens that is not affine takes what its ``transform_hidden`` of one layer takes beyond the budget.
+    ``head`` stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer
+    takes beyond the budget.
 
     Raises:
         ValueError: see :func:`transformed`.
     """
     readout = readout_of(lens, layers)
+    readout = readout if head is None else replace(readout, head=head)
     if is_affine(lens) or not len(hidden):
-        return _decode_views(engine, hidden, readout, query, memory_budget)
+        return decode_views(engine, hidden, readout, query, memory_budget)
     one = Readout(readout.translators[:1], readout.norm, readout.head)
     parts = []
     for layer, entry in zip(layers, hidden, strict=True):
         states = transformed(lens, entry, layer)
-        parts.append(_decode_views(engine, [states], one, query, memory_budget))
+        parts.append(decode_views(engine, [states], one, query, memory_budget))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -71,7 +80,7 @@ def transformed(lens: Any, hidden: Tensor, layer: int) -> Tensor:
     return states
 
 
-def _decode_views(
+def decode_views(
     engine: Engine, entries: Sequence[Tensor], readout: Readout, query: Query, budget: int
 ) -> dict[str, Tensor]:
     """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
@@ -85,5 +94,5 @@ def _decode_views(
     at_once = entries[0][0].numel() // entries[0].shape[-1]
     for i in range(entries[0].shape[0]):
         part = query.at(slice(i * at_once, (i + 1) * at_once))
-        parts.append(_decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
+        parts.append(decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
     return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
