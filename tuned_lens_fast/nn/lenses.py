@@ -104,7 +104,7 @@ class Lens(abc.ABC, nn.Module):
 
         Args:
             model: the causal LM the lens belongs to.
-            layer: 0 to num_hidden_layers - 1.
+            layer: 0 to num_hidden_layers - 1; negative ones count from the end.
             input_ids: integer ``[tokens]`` or ``[batch, tokens]``, prompts of one length without padding.
             do_sample: sample; False takes the likeliest token.
             temp: divides the logits before sampling; 0 takes the likeliest token.
@@ -130,7 +130,9 @@ class Lens(abc.ABC, nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, wanted 0 or more")
         model = unwrapped(model)
-        _check_layer("layer", layer, len(get_transformer_layers(model)[1]))
+        layers = len(get_transformer_layers(model)[1])
+        layer = layer + layers if -layers <= layer < 0 else layer
+        _check_layer("layer", layer, layers)
 
         tokens = input_ids.reshape(-1, input_ids.shape[-1])
         start = tokens.shape[1]
