@@ -165,3 +165,23 @@ def test_modules_import_each_other_in_one_direction():
         imports[name].discard(name)
     assert len(modules) > 50
     graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """The command line starts without PyTorch, and lenses are there without what only some of their users need."""
+    script = """if True:
+        import sys, contextlib, io
+        from tuned_lens_fast.cli import main
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            main(["--help"])
+        assert "decode" in said.getvalue()
+        print("torch" in sys.modules, "numpy" in sys.modules)
+        import tuned_lens_fast as tl
+        assert callable(tl.engines) and tl.LogitLens and tl.decode_model and tl.plotting.PredictionTrajectory
+        assert callable(tl.engines) and set(tl.__all__) <= set(dir(tl))
+        heavy = {"torch._dynamo", "transformers", "plotly", "pandas", "pyarrow", "datasets", "huggingface_hub"}
+        print(*heavy & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False False\n\n"

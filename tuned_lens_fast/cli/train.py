@@ -51,7 +51,7 @@ _PIECES = 20
 _AT_ONCE = 1000
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     command = commands.add_parser(
         "train",
@@ -145,7 +145,6 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     work.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_model_options(command)
-    return command
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
