@@ -75,6 +75,19 @@ def test_a_checkout_without_links_installs_the_kernels_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_root_of_a_checkout_without_links_can_be_imported_from(tmp_path):
+    copy_sources(tmp_path, links=False)
+    script = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "import tuned_lens_fast as tl; print(tl.engines())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "'eager': 'ok'" in done.stdout
+    assert "its kernels are not beside it" in done.stdout
+
+
+@pytest.mark.slow
 def test_nothing_else_is(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tuned_lens_fast"}

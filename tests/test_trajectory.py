@@ -1,6 +1,7 @@
 """PredictionTrajectory: values in float64 and against the library it replaces, without log-probabilities in memory."""
 
 import copy
+import importlib
 import pickle
 import warnings
 from types import SimpleNamespace
@@ -11,8 +12,6 @@ import reference
 import tiny_text_model
 import torch
 from tiny_models import LAYERS, VOCAB, tiny
-from tuned_lens.nn.lenses import TunedLens as TheirLens
-from tuned_lens.plotting import PredictionTrajectory as Theirs
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import predictions
@@ -21,6 +20,14 @@ from tuned_lens_fast.plotting.lazy_array import LazyArray
 
 STATISTICS = ("entropy", "cross_entropy", "rank", "forward_kl", "max_probability", "log_prob_diff")
 DIVERGENCES = ("kl_divergence", "js_divergence", "total_variation")
+
+
+@pytest.fixture(scope="module")
+def tuned_lens():
+    for module in ("tuned_lens.nn", "tuned_lens.plotting"):
+        reason = "the library to compare with is not installed: pip install --no-deps tuned-lens==0.2.0"
+        pytest.importorskip(module, reason=reason)
+    return importlib.import_module("tuned_lens")
 
 
 def randomised(lens):
@@ -98,16 +105,16 @@ def test_statistics_in_float64(model_type, batch, mask):
     agree(found.model_log_probs, z[..., -1, :, :].log_softmax(-1))
 
 
-def test_against_the_library():
+def test_against_the_library(tuned_lens):
     """Wherever that is right: not JS and TV, and not ties."""
     model = tiny("gpt2")
-    their_lens = randomised(TheirLens.from_model(model))
+    their_lens = randomised(tuned_lens.nn.TunedLens.from_model(model))
     lens = tl.TunedLens.from_model(model)
     lens.load_state_dict(their_lens.state_dict())
     model.config.output_hidden_states = True
     ids, targets, anti = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2)).tolist()
     options = {"input_ids": ids, "targets": targets, "anti_targets": anti}
-    theirs = Theirs.from_lens_and_model(their_lens, model, **options)
+    theirs = tuned_lens.plotting.PredictionTrajectory.from_lens_and_model(their_lens, model, **options)
     ours = PredictionTrajectory.from_lens_and_model(lens, model, **options)
     given = PredictionTrajectory(theirs.log_probs, np.array(ids), np.array(targets), np.array(anti))
     assert isinstance(ours.log_probs, LazyArray)
@@ -337,10 +344,12 @@ def with_tokenizer():
     return make(lens, model, ids, tokenizer, ids[1:] + ids[:1]), make(lens, model, ids[::-1], tokenizer)
 
 
-def test_labels_against_the_library(with_tokenizer):
+def test_labels_against_the_library(with_tokenizer, tuned_lens):
     ours, other = with_tokenizer
     theirs, their_other = (
-        Theirs(np.asarray(each.log_probs), each.input_ids, each.targets, tokenizer=each.tokenizer)
+        tuned_lens.plotting.PredictionTrajectory(
+            np.asarray(each.log_probs), each.input_ids, each.targets, tokenizer=each.tokenizer
+        )
         for each in (ours, other)
     )
     assert ours._get_sequence_labels().tolist() == theirs._get_sequence_labels().tolist()
