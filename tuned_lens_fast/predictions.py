@@ -256,6 +256,7 @@ class Predictions:
         cut._kept = {name: value[along] for name, value in self._kept.items() if name not in ("log_prob", "rank")}
         return cut
 
+    @torch.no_grad()
     def ask(self, names: Collection[str], targets: NDArray | None = None, top_k: int = 0) -> dict[str, NDArray]:
         """Statistics by name, out of STATISTICS or "top_ids" and "top_log_probs".
 
@@ -288,6 +289,7 @@ class Predictions:
                 found |= self._decode(frozenset(wanted), targets, top_k if top_missing else 0)
         return {name: value[..., :top_k] if name.startswith("top_") else value for name, value in found.items()}
 
+    @torch.no_grad()
     def token_logits(self, ids: NDArray) -> NDArray:
         """fp32 ``[*batch, layers, tokens]``: the logit, or more exactly one up to a constant of the row, of one token
         ``[*batch, tokens]`` at each position."""
@@ -306,6 +308,7 @@ class Predictions:
             name: value[..., :top_k] if name.startswith("top_") else value for name, value in self._compared[2].items()
         }
 
+    @torch.no_grad()
     def block(self, layers: Iterable[int], positions: NDArray, tokens: NDArray, out: NDArray) -> None:
         """Write log-probabilities of some layers, positions and tokens of the vocabulary to ``[layers, positions,
         tokens]``; positions count ``[*batch, tokens]`` as one dimension."""
@@ -318,8 +321,9 @@ class Predictions:
     def _kl_is_cheap(self) -> bool:
         """Whether KL from the model's output comes with a pass over the vocabulary, by an identity."""
         first, last = self.parts[0], self.parts[-1]
-        both_read = isinstance(first, ReadLayers) and isinstance(last, ReadLayers)
-        return both_read and not by_two_passes(Query(frozenset({"kl"})), first.head)
+        if not (isinstance(first, ReadLayers) and isinstance(last, ReadLayers) and is_affine(first.lens)):
+            return False
+        return not by_two_passes(Query(frozenset({"kl"})), first.head)
 
     def _decode(self, names: frozenset[str], targets: NDArray | None, top_k: int) -> dict[str, NDArray]:
         answers = []
