@@ -11,7 +11,7 @@ import pytest
 import reference
 import tiny_text_model
 import torch
-from tiny_models import LAYERS, VOCAB, tiny
+from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import predictions
@@ -54,7 +54,7 @@ def dense(model, lens, ids, mask=False):
     x = reference.head_inputs(
         [*entering, last], [*(lens.translator(i) for i in range(len(entering))), None], lens.unembed.norm
     )
-    z = reference.logits(x, lens.unembed.head).movedim(0, -3)
+    z = reference.logits(x, lens.unembed.head).movedim(0, -3).detach()
     if mask:
         z[..., torch.as_tensor(np.unique(ids))] = -torch.inf
     return z
@@ -465,6 +465,16 @@ def test_any_lens_is_read():
         agree(found.log_probs[i], lens(h, i).log_softmax(-1).detach())
         agree(found.entropy().stats[i], torch.distributions.Categorical(logits=lens(h, i)).entropy().detach())
     np.testing.assert_array_equal(found.kl_divergence(found).stats, 0)
+
+
+def test_a_lens_that_lacks_layers():
+    model = tiny("llama")
+    config = tl.TunedLensConfig("any", D_MODEL, LAYERS, translated_layers=[0, 2])
+    found = PredictionTrajectory.from_lens_and_model(tl.TunedLens(tl.Unembed(model), config), model, [3, 4, 5])
+    whole = PredictionTrajectory.from_lens_and_model(tl.TunedLens.from_model(model), model, [3, 4, 5])
+    assert found.num_layers == 2
+    np.testing.assert_allclose(found.entropy().stats, whole.entropy().stats[[0, 2, 3]], atol=1e-5)
+    assert found.entropy()._layer_labels.tolist() == ["0", "2", "output"]
 
 
 def test_copies_and_pickles():

@@ -121,10 +121,9 @@ class ReadLayers(Layers):
         """
         self.hidden, self.lens, self.numbers, self.head = list(hidden), lens, list(numbers), head
         self.count, self.lead = len(self.hidden), self.hidden[0].shape[:-1]
-        engine = choose("auto", head.weight.device, head.weight.dtype)
-        # Kernels know a head's softcap, and of no tokens that are out of it.
-        known = isinstance(engine, EagerEngine) or not isinstance(head, _Masked)
-        self.engine = engine if known else EagerEngine()
+        comes_back = head.bias is not None and (head.softcap is not None or head.scale < 0)
+        is_masked = comes_back and bool(head.bias.isneginf().any())  # type: ignore[union-attr]
+        self.engine = _MaskedEngine() if is_masked else choose("auto", head.weight.device, head.weight.dtype)
 
     def decode(self, query: Query) -> dict[str, Tensor]:
         if self.lens is None:
@@ -182,7 +181,10 @@ class GivenLayers(Layers):
 class _GivenEngine(EagerEngine):
     """The eager engine on logits that are there."""
 
-    def plan(self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int) -> Tiling:
+    def plan(
+        self, positions: int, hidden: torch.dtype, readout: Readout, query: Query, memory_budget: int,
+        gradient: bool = False,
+    ) -> Tiling:  # fmt: skip
         rows, tokens = CPU_CHUNK
         return Tiling(1, min(positions, rows), min(tokens, readout.head.vocab), 0)
 
@@ -201,7 +203,7 @@ class _GivenProducts(Matmul):
     def pack(self, x: Tensor) -> Packed:
         return Packed(x.shape[0], x)
 
-    def __call__(self, x: Packed, tokens: slice | Tensor, width: int) -> Tensor:
+    def __call__(self, x: Packed, tokens: slice | Tensor, width: int, out: Tensor | None = None) -> Tensor:
         return x.values[:, tokens].to(torch.float32, copy=True)
 
     def target_logits(self, x: Packed, targets: Tensor, width: int) -> Tensor:
@@ -209,22 +211,26 @@ class _GivenProducts(Matmul):
         return x.values.gather(1, ids.unsqueeze(1)).squeeze(1).float()
 
 
-@dataclass(frozen=True)
-class _Masked(Head):
-    """A head of which no scale or softcap brings back the tokens whose bias is -inf."""
+class _MaskedEngine(EagerEngine):
+    """The eager engine for a head whose softcap, or negative scale, would bring masked tokens back."""
 
-    def transform(self, z: Tensor) -> Tensor:
-        return super().transform(z).masked_fill(z.isneginf(), -torch.inf)
+    def matmul(self, head: Head) -> Matmul:
+        return _MaskedProducts(head)
+
+
+class _MaskedProducts(Matmul):
+    def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
+        assert self.head.bias is not None
+        return super()._logits(z, tokens).masked_fill_(self.head.bias[tokens].isneginf(), -torch.inf)
 
 
 def masked(head: Head, ids: Tensor) -> Head:
-    """The head without the tokens ``ids``: their logits are -inf, whatever the model does to them."""
+    """The head without the tokens ``ids``, whose bias is -inf; see :class:`_MaskedEngine` for what else it takes."""
     bias = torch.zeros(head.vocab, dtype=head.weight.dtype, device=head.weight.device)
     if head.bias is not None:
         bias += head.bias
     bias[ids.to(bias.device)] = -torch.inf
-    plain = head.softcap is None and head.scale > 0
-    return (Head if plain else _Masked)(head.weight, bias, head.scale, head.softcap)
+    return replace(head, bias=bias)
 
 
 class Predictions:

@@ -25,7 +25,7 @@ from tuned_lens_fast.plotting.trajectory_plotting import ShapeError, TrajectoryL
 from tuned_lens_fast.predictions import GivenLayers, Layers, Predictions, ReadLayers, masked, top_of
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import check_length, check_lens, state_rows
-from tuned_lens_fast.validation import check_input_ids, check_model
+from tuned_lens_fast.validation import check_input_ids, check_model, layers_of
 
 #: Anything with ``convert_ids_to_tokens``.
 Tokenizer = Any
@@ -128,7 +128,7 @@ class PredictionTrajectory:
         Raises:
             ValueError: shapes that do not fit.
         """
-        numbers = range(cache.model.cfg.n_layers)
+        numbers = layers_of(lens, cache.model.cfg.n_layers)
         ids = _array("input_ids", input_ids)
         head = lens.unembed.head
         if mask_input:
@@ -179,15 +179,16 @@ class PredictionTrajectory:
         tensor = torch.from_numpy(ids).to(model.get_input_embeddings().weight.device)
         check_input_ids(model, tensor, None)
         check_length(model, ids.shape[-1])
-        numbers = range(len(get_transformer_layers(model)[1]))
-        check_lens(model, lens, len(numbers))
+        blocks = len(get_transformer_layers(model)[1])
+        check_lens(model, lens, blocks)
+        numbers = layers_of(lens, blocks)
         head, readout = lens.unembed.head, readout_of(lens, numbers)
         entering, at_head = ChunkedPass(model, numbers, torch.atleast_2d(tensor), None, cached=False)(slice(None))
         hidden = [rows.reshape(*ids.shape, -1) for rows in state_rows(entering, head, readout.width)]
         (last,) = state_rows([at_head], head, head.weight.shape[1])
         if mask_input:
             head = masked(head, torch.from_numpy(np.unique(ids)))
-        own = ReadLayers([last.reshape(*ids.shape, -1)], None, [len(numbers)], head)
+        own = ReadLayers([last.reshape(*ids.shape, -1)], None, [blocks], head)
         return cls._of([ReadLayers(hidden, lens, numbers, head), own], ids, targets, anti_targets, tokenizer)
 
     @classmethod
@@ -210,6 +211,12 @@ class PredictionTrajectory:
         if not values.flags.writeable or min(values.strides, default=0) < 0:
             values = values.copy()  # which tensors want
         return Predictions([GivenLayers(torch.from_numpy(values))], keep=False)
+
+    @property
+    def _layer_labels(self) -> NDArray[np.str_] | None:
+        """Names of the layers, of which a lens may lack some; None for 0, 1, 2 and so on."""
+        first = self._predictions.parts[0]
+        return np.array([*map(str, first.numbers), "output"]) if isinstance(first, ReadLayers) else None
 
     def slice_sequence(self, slice: slice | Sequence[int] | NDArray) -> PredictionTrajectory:
         """The trajectory of some positions: a slice, positions or a mask of them."""
@@ -283,6 +290,7 @@ class PredictionTrajectory:
             includes_output=not delta,
             sequence_labels=self._get_sequence_labels(),
             stats=self._over_batch(stats, there),
+            _layer_labels=None if delta else self._layer_labels,
         )
 
     def max_probability(self, **kwargs: Any) -> TrajectoryStatistic:
@@ -344,6 +352,7 @@ class PredictionTrajectory:
             trajectory_labels=self._largest_prob_labels(**labels),
             sequence_labels=self._get_sequence_labels(),
             stats=self._over_batch(stats, there),
+            _layer_labels=self._layer_labels,
         )
 
     def _divergence(
@@ -359,6 +368,7 @@ class PredictionTrajectory:
             stats=self._over_batch(found[statistic]),
             min=0,
             max=None,
+            _layer_labels=self._layer_labels,
         )
 
     def _get_sequence_labels(self, token_formatter: TokenFormatter | None = None) -> NDArray[np.str_] | None:
