@@ -191,6 +191,17 @@ def test_decode_model_reads_any_lens(model):
     assert found.kl[-1].eq(0).all()
 
 
+def test_the_loss_of_any_lens(model):
+    lens, h = Turned(Unembed(model)), torch.randn(LAYERS, 5, D_MODEL, requires_grad=True)
+    ids = torch.randint(0, VOCAB, (5,))
+    found = lens.loss(h, targets=ids)
+    wanted = torch.stack([nn.functional.cross_entropy(lens(entry, i), ids) for i, entry in enumerate(h)])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), h)[0], torch.autograd.grad(wanted.sum(), h)[0], atol=1e-5, rtol=1e-4
+    )
+
+
 def test_what_a_subclass_changes_is_read(model):
     """A translator says what its own class does, and nothing of a subclass that changes it."""
 

@@ -15,6 +15,7 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import predictions
+from tuned_lens_fast.engines import eager
 from tuned_lens_fast.plotting import PredictionTrajectory, TokenFormatter, lazy_array
 from tuned_lens_fast.plotting.lazy_array import LazyArray
 
@@ -236,6 +237,8 @@ def test_one_model_pass_and_one_decode(monkeypatch):
 
 def test_nothing_of_size_layers_by_tokens_by_vocabulary(monkeypatch):
     """Not in statistics, comparisons, figures, nor in a layer that is indexed."""
+    for module in (predictions, eager):
+        monkeypatch.setattr(module, "CPU_CHUNK", (16, 64))
     sizes = []
     for name in ("empty", "zeros"):
         make = getattr(torch, name)

@@ -71,7 +71,8 @@ def transformed(lens: Any, hidden: Tensor, layer: int) -> Tensor:
         raise ValueError(f"lens: transform_hidden made {[*states.shape]} of {[*hidden.shape]}, wanted the same shape")
     first = hidden.reshape(-1, hidden.shape[-1])[:1]
     if len(first) and first.isfinite().all():
-        found, wanted = lens.unembed.forward(lens.transform_hidden(first, layer)), lens.forward(first, layer)
+        with torch.no_grad():
+            found, wanted = lens.unembed.forward(lens.transform_hidden(first, layer)), lens.forward(first, layer)
         if found.shape != wanted.shape or not close(found, wanted):
             raise ValueError(
                 f"lens: the forward of {type(lens).__name__} is not its unembed of its transform_hidden at layer "
