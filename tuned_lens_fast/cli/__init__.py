@@ -23,7 +23,7 @@ from tuned_lens_fast.messages import shortened
 #: Each one's module, and what it is for, in the order of ``--help``.
 _COMMANDS = {
     "decode": ("decode", "read texts at every layer of a model"),
-    "train": ("train", "XXX"),
+    "train": ("train", "train a tuned lens of a model"),
     "eval": ("evaluate", "measure a lens on texts, beside the logit lens and the model"),
     "info": ("info", "describe a model or a tuned lens, and the engines that work here"),
     "check": ("check", "say whether a run, written by decode --out, is complete and undamaged"),

@@ -24,7 +24,7 @@ from tuned_lens_fast.plotting.token_formatter import TokenFormatter
 from tuned_lens_fast.plotting.trajectory_plotting import ShapeError, TrajectoryLabels, TrajectoryStatistic
 from tuned_lens_fast.predictions import GivenLayers, Layers, Predictions, ReadLayers, masked, top_of
 from tuned_lens_fast.reading import readout_of
-from tuned_lens_fast.streaming import check_length, check_lens, state_rows
+from tuned_lens_fast.streaming import check_length, check_lens, rows_of
 from tuned_lens_fast.validation import check_input_ids, check_model, layers_of
 
 #: Anything with ``convert_ids_to_tokens``.
@@ -140,7 +140,7 @@ class PredictionTrajectory:
                 raise ValueError(f"input_ids: got shape {[*ids.shape]}, the cache has {[*state.shape[:-1]]}")
         if model_logits.shape != (*ids.shape, head.vocab):
             raise ValueError(f"model_logits: got {[*model_logits.shape]}, wanted {[*ids.shape, head.vocab]}")
-        hidden = [rows.detach().reshape(*ids.shape, -1) for rows in state_rows(states, head, readout.width)]
+        hidden = [rows.detach().reshape(*ids.shape, -1) for rows in rows_of(states, head, readout.width)]
         output = model_logits.detach()
         if mask_input:
             output = output.clone()
@@ -184,8 +184,8 @@ class PredictionTrajectory:
         numbers = layers_of(lens, blocks)
         head, readout = lens.unembed.head, readout_of(lens, numbers)
         entering, at_head = ChunkedPass(model, numbers, torch.atleast_2d(tensor), None, cached=False)(slice(None))
-        hidden = [rows.reshape(*ids.shape, -1) for rows in state_rows(entering, head, readout.width)]
-        (last,) = state_rows([at_head], head, head.weight.shape[1])
+        hidden = [rows.reshape(*ids.shape, -1) for rows in rows_of(entering, head, readout.width)]
+        (last,) = rows_of([at_head], head, head.weight.shape[1])
         if mask_input:
             head = masked(head, torch.from_numpy(np.unique(ids)))
         own = ReadLayers([last.reshape(*ids.shape, -1)], None, [blocks], head)
