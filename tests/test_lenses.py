@@ -12,7 +12,16 @@ from all_models import build
 from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 from torch import nn
 
-from tuned_lens_fast import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed, load_artifacts, residual_stream
+from tuned_lens_fast import (
+    Lens,
+    LogitLens,
+    TunedLens,
+    TunedLensConfig,
+    Unembed,
+    decode_model,
+    load_artifacts,
+    residual_stream,
+)
 from tuned_lens_fast.decode import decode as tl_decode
 from tuned_lens_fast.engines.interface import Translator
 
@@ -150,18 +159,74 @@ def test_lens_is_abstract():
         Lens(StandIn())
 
 
-def test_a_users_lens_needs_a_translator_only_to_decode(model):
-    class Doubled(Lens):
+class Turned(Lens):
+    """Any function of the hidden state, which knows of no translator."""
+
+    def transform_hidden(self, h, idx):
+        return h.roll(idx, -1).abs()
+
+    def forward(self, h, idx):
+        return self.unembed.forward(self.transform_hidden(h, idx))
+
+
+@pytest.mark.parametrize("lead", [(5,), (2, 3), ()])
+def test_decode_reads_any_lens_by_its_transform(model, lead):
+    lens, h = Turned(Unembed(model)), torch.randn(LAYERS, *lead, D_MODEL)
+    ids, last = torch.randint(0, VOCAB, lead), torch.randn(*lead, D_MODEL)
+    found = lens.decode(h, targets=ids, reference=last, top_k=3)
+    by_hand = torch.stack([lens.transform_hidden(entry, i) for i, entry in enumerate(h)])
+    wanted = LogitLens(lens.unembed).decode(by_hand, targets=ids, reference=last, top_k=3)
+    assert dict(found.items()).keys() == dict(wanted.items()).keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, getattr(wanted, name), msg=name)
+    only = lens.decode(h[1:2], layers=[1])
+    torch.testing.assert_close(only.entropy, found.entropy[1:2])
+
+
+def test_decode_model_reads_any_lens(model):
+    lens, ids = Turned(Unembed(model)), torch.arange(3, 20)
+    found = decode_model(model, lens, ids, chunk=5)
+    for i, h in enumerate(residual_stream(model, ids)[:-1]):
+        torch.testing.assert_close(found.lse[i], lens(h, i).logsumexp(-1))
+    assert found.kl[-1].eq(0).all()
+
+
+def test_the_loss_of_any_lens(model):
+    lens, h = Turned(Unembed(model)), torch.randn(LAYERS, 5, D_MODEL, requires_grad=True)
+    ids = torch.randint(0, VOCAB, (5,))
+    found = lens.loss(h, targets=ids)
+    wanted = torch.stack([nn.functional.cross_entropy(lens(entry, i), ids) for i, entry in enumerate(h)])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), h)[0], torch.autograd.grad(wanted.sum(), h)[0], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_what_a_subclass_changes_is_read(model):
+    """A translator says what its own class does, and nothing of a subclass that changes it."""
+
+    class Halved(LogitLens):
         def transform_hidden(self, h, idx):
-            return 2 * h
+            return h.sign()
 
+    h = torch.randn(LAYERS, 4, D_MODEL)
+    torch.testing.assert_close(
+        Halved.from_model(model).decode(h).lse[1], LogitLens.from_model(model)(h[1].sign(), 1).logsumexp(-1)
+    )
+
+    class Tempered(LogitLens):
         def forward(self, h, idx):
-            return self.unembed.forward(self.transform_hidden(h, idx))
+            return super().forward(h, idx) / 2
 
-    lens = Doubled(Unembed(model))
-    assert lens(torch.randn(2, D_MODEL), 0).shape == (2, VOCAB)
-    with pytest.raises(NotImplementedError, match="Doubled has no translator"):
-        lens.translator(0)
+    with pytest.raises(ValueError, match="the forward of Tempered is not its unembed of its transform_hidden"):
+        Tempered.from_model(model).decode(h)
+
+    class Cut(Turned):
+        def transform_hidden(self, h, idx):
+            return h[..., 1:]
+
+    with pytest.raises(ValueError, match=r"made \[4, 31\] of \[4, 32\]"):
+        Cut(Unembed(model)).decode(h)
 
 
 def test_a_stand_in_for_unembed():

@@ -77,6 +77,19 @@ def test_a_checkout_without_links_installs_the_kernels_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_root_of_a_checkout_without_links_can_be_imported_from(tmp_path):
+    copy_sources(tmp_path, links=False)
+    script = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
+        "import tuned_lens_fast as tl; print(tl.engines())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "'eager': 'ok'" in done.stdout
+    assert "its kernels are not beside it" in done.stdout
+
+
+@pytest.mark.slow
 def test_nothing_else_is(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tuned_lens_fast"}
@@ -167,3 +180,23 @@ def test_modules_import_each_other_in_one_direction():
         imports[name].discard(name)
     assert len(modules) > 50
     graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed():
+    """The command line starts without PyTorch, and lenses are there without what only some of their users need."""
+    script = """if True:
+        import sys, contextlib, io
+        from tuned_lens_fast.cli import main
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            main(["--help"])
+        assert "decode" in said.getvalue()
+        print("torch" in sys.modules, "numpy" in sys.modules)
+        import tuned_lens_fast as tl
+        assert callable(tl.engines) and tl.LogitLens and tl.decode_model and tl.plotting.PredictionTrajectory
+        assert callable(tl.engines) and set(tl.__all__) <= set(dir(tl))
+        heavy = {"torch._dynamo", "transformers", "plotly", "pandas", "pyarrow", "datasets", "huggingface_hub"}
+        print(*heavy & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "False False\n\n"

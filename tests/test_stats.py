@@ -118,7 +118,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tuned_lens_fast.stats.save_file", interrupted)
+    monkeypatch.setattr("tuned_lens_fast.stats.lens_stats.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(5).save(path)
     assert path.read_bytes() == before

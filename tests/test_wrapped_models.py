@@ -15,6 +15,7 @@ from torch import nn
 
 from tuned_lens_fast import LogitLens, TunedLens, TunedLensConfig, Unembed, model_surgery, residual_stream
 from tuned_lens_fast.engines.interface import Norm
+from tuned_lens_fast.plotting import PredictionTrajectory
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35]])
 
@@ -298,6 +299,22 @@ def test_hooked_transformer(hooked, kind, fold, softcap):
     log_q, log_p = (z.double().log_softmax(-1) for z in (unembed(states), wanted))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     torch.testing.assert_close(stats.kl.double(), kl, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("component", ["resid_pre", "resid_mid", "attn_out"])
+def test_a_trajectory_of_a_hooked_transformers_cache(hooked, component):
+    model = hooked(normalization_type="LN")
+    model.tokenizer = None
+    lens = randomised(TunedLens.from_model(model))
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(IDS)
+        make = PredictionTrajectory.from_lens_and_cache
+        found = make(lens, IDS, cache, logits, targets=IDS, residual_component=component)
+        z = torch.stack([*(lens(cache[component, i], i) for i in range(LAYERS)), logits], 1).double().log_softmax(-1)
+    wanted = -(z.exp() * z).sum(-1)
+    torch.testing.assert_close(torch.from_numpy(found.entropy().stats).double(), wanted[0], atol=1e-3, rtol=1e-3)
+    kl = (z[:, -1:].exp() * (z[:, -1:] - z)).sum(-1)
+    torch.testing.assert_close(torch.from_numpy(found.forward_kl().stats).double(), kl[0], atol=1e-2, rtol=1e-3)
 
 
 def test_a_published_lens_fits_a_hooked_transformer(hooked, tmp_path):

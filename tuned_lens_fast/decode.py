@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.engines.decoding import Engine
-from tuned_lens_fast.engines.interface import DecodableLens, Query, Readout
-from tuned_lens_fast.engines.tiling import flattens
+from tuned_lens_fast.engines.interface import DecodableLens
+from tuned_lens_fast.reading import read
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
@@ -44,7 +43,7 @@ def decode(
     graph.
 
     Args:
-        lens: a LogitLens or TunedLens.
+        lens: any :class:`~tuned_lens_fast.nn.Lens`.
         hidden_states: ``[L, ..., d_model]``, or a sequence of L tensors ``[..., d_model]``: entry i is the
             residual stream that enters block ``layers[i]``.
         layers: the translator each entry is read with. If None 0..L-1, less those that the lens lacks.
@@ -72,7 +71,7 @@ def decode(
     hidden, numbers = check_layers(lens, layers, hidden)
     query = check_query(head, lead, targets, reference, top_k, watch, stats)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
-    found = _decode_views(chosen, hidden, Readout.of(lens, numbers), query, check_budget(memory_budget))
+    found = read(chosen, lens, numbers, hidden, query, check_budget(memory_budget))
     return LensStats(
         **_shaped(found, len(hidden), lead),
         layers=torch.tensor(numbers, dtype=torch.int64),
@@ -124,7 +123,7 @@ def decode_model(
 
     Args:
         model: a transformers causal LM; it runs in evaluation mode and is left in the modes it was in.
-        lens: a LogitLens or TunedLens of that model.
+        lens: any :class:`~tuned_lens_fast.nn.Lens` of that model.
         input_ids: integer ids ``[positions]`` or ``[batch, positions]``.
         attention_mask: of the same shape, 0 at padding on either side. Padding is no target and has none.
         layers: the layers of the lens to decode, all that it has if None; the model's own output is added to them.
@@ -161,24 +160,6 @@ def decode_model(
     _log.info("%s", prepared.plan)
     found = prepared.collect()
     return found if input_ids.ndim == 2 else found[:, 0]
-
-
-def _decode_views(
-    engine: Engine, entries: Sequence[Tensor], readout: Readout, query: Query, budget: int
-) -> dict[str, Tensor]:
-    """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
-
-    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
-    """
-    if all(flattens(entry) for entry in entries):
-        flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
-        return engine.decode(flat, readout, query, budget)
-    parts = []
-    at_once = entries[0][0].numel() // entries[0].shape[-1]
-    for i in range(entries[0].shape[0]):
-        part = query.at(slice(i * at_once, (i + 1) * at_once))
-        parts.append(_decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
-    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
 
 
 def _shaped(found: dict[str, Tensor], layers: int, lead: Sequence[int]) -> dict[str, Tensor]:

@@ -49,6 +49,46 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _GO_OFFLINE = "or pass a folder that holds the lens's files"
 
 
+def available_lens_artifacts(
+    repo_id: str,
+    repo_type: str,
+    revision: str = "main",
+    config_file: str = "config.json",
+    ckpt_file: str = "params.pt",
+    subfolder: str = "lens",
+) -> set[str]:
+    """The lenses in a repository of the hub, by the names that :func:`load_lens_artifacts` takes.
+
+    Args:
+        repo_id, repo_type, revision, config_file, ckpt_file, subfolder: as in :func:`load_lens_artifacts`; of
+            ``repo_type`` the plural will do, "spaces".
+
+    Raises:
+        FileNotFoundError: no such repository or revision.
+        ConnectionError: the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
+
+    repo_type = repo_type.removesuffix("s")
+    place = f"the hub's {repo_type} {quoted(repo_id, 150)} (revision {quoted(revision)})"
+    try:
+        files = set(HfApi().list_repo_files(repo_id, revision=revision, repo_type=repo_type))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise FileNotFoundError(f"repo_id: {place} does not exist, or is private: {shortened(error)}") from error
+    except OSError as error:
+        raise ConnectionError(f"repo_id: {place} cannot be listed: {shortened(error)}") from error
+    checkpoints = _CHECKPOINTS if ckpt_file == _CHECKPOINTS[0] else (ckpt_file,)
+    start = f"{subfolder}/".lstrip("/")
+    folders = {file.removeprefix(start).removesuffix(f"/{config_file}") for file in files if file.startswith(start)}
+    return {
+        folder
+        for folder in folders
+        if f"{start}{folder}/{config_file}" in files
+        and any(f"{start}{folder}/{checkpoint}" in files for checkpoint in checkpoints)
+    }
+
+
 def load_lens_artifacts(
     resource_id: str | os.PathLike[str],
     repo_id: str | None = None,

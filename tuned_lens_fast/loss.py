@@ -19,6 +19,7 @@ from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.losses import Derivative, gradient_dtype, losses, question
 from tuned_lens_fast.engines.tiling import flattens
+from tuned_lens_fast.reading import is_affine, readout_of, transformed
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
 
 
@@ -44,7 +45,7 @@ def loss(
     backward call walks the vocabulary again, since what each row counts for is known only then.
 
     Args:
-        lens: a LogitLens or TunedLens.
+        lens: any :class:`~tuned_lens_fast.nn.Lens`.
         hidden_states: ``[L, ..., d_model]``, or a sequence of L tensors ``[..., d_model]``; see
             :func:`~tuned_lens_fast.decode.decode`.
         targets: integer ids ``[...]``, -100 for none. Exactly one of this and ``reference`` is given.
@@ -78,7 +79,9 @@ def loss(
         query = replace(query, reference=query.reference.detach())
     budget = check_budget(memory_budget)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
-    readout, mean = Readout.of(lens, numbers), reduction == "mean"
+    readout, mean = readout_of(lens, numbers), reduction == "mean"
+    if not is_affine(lens):
+        hidden = [transformed(lens, entry, number) for entry, number in zip(hidden, numbers, strict=True)]
     shares = counted = None
     if mean:
         counted = torch.full((), lead.numel(), device=head.weight.device)

@@ -24,6 +24,7 @@ from tuned_lens_fast.engines.tiling import empty_answer, slices
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.blocks import linear_head
 from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
+from tuned_lens_fast.reading import read, readout_of
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.validation import (
     check_boundaries,
@@ -125,7 +126,7 @@ class Prepared:
     @torch.no_grad()
     def _decode(self, batch: Sequence[slice], passes: Sequence[ChunkedPass], positions: slice) -> LensStats:
         """The statistics of one chunk: each group of rows through the model and the engine, then the next."""
-        readout = Readout.of(self.lens, self.numbers)
+        readout = readout_of(self.lens, self.numbers)
         head = readout.head
         layers, width = len(self.numbers), positions.stop - positions.start
         found = self._room(width)
@@ -137,9 +138,9 @@ class Prepared:
                 reference=last if divergences(self.query) else None,
             )
             itself = replace(query, stats=query.stats.difference(DIVERGENCES), reference=None)
-            read = self.engine.decode(hidden, readout, query, self.plan.scratch) if layers else {}
+            layerwise = read(self.engine, self.lens, self.numbers, hidden, query, self.plan.scratch) if layers else {}
             own = self.engine.decode([last], Readout.of_output(head), itself, self.plan.scratch)
-            for layer, answer in ((slice(layers), read), (slice(layers, None), own)):
+            for layer, answer in ((slice(layers), layerwise), (slice(layers, None), own)):
                 for name, value in answer.items():
                     found[name][layer, rows] = value.unflatten(1, (-1, width))
             del hidden, last, query
@@ -195,8 +196,8 @@ def prepare(
         ValueError, IndexError, TypeError: as :func:`~tuned_lens_fast.decode.decode_model`.
     """
     model = check_model(model)
-    if not hasattr(lens, "translator"):
-        raise TypeError(f"lens: got {kind(lens)}, wanted a LogitLens or TunedLens")
+    if not hasattr(lens, "unembed"):
+        raise TypeError(f"lens: got {kind(lens)}, wanted a Lens, such as LogitLens or TunedLens")
     check_input_ids(model, input_ids, attention_mask)
     blocks = get_transformer_layers(model)[1]
     check_lens(model, lens, len(blocks))
@@ -232,7 +233,7 @@ def prepare(
         positions,
         engine=chosen,
         hidden=hidden_dtype(model),
-        readout=Readout.of(lens, numbers),
+        readout=readout_of(lens, numbers),
         query=query,
         memory_budget=check_budget(memory_budget),
         chunk=chunk,

@@ -1,5 +1,7 @@
 """The command line, ``tuned-lens-fast``: a module for each command, which says what it takes and does it.
 
+A command's module is imported when it is used, and PyTorch with it.
+
 Exit codes: 0; 1 for an error in the work; 2 for one in how the command was used; 130 after Ctrl-C.
 """
 
@@ -10,14 +12,23 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import tuned_lens_fast
-from tuned_lens_fast.cli import check, decode, evaluate, explore, info, train
 from tuned_lens_fast.cli.arguments import Parser
 from tuned_lens_fast.cli.output import quiet_libraries
 from tuned_lens_fast.messages import shortened
 
-_COMMANDS = (decode, explore, train, evaluate, info, check)
+#: Each one's module, and what it is for, in the order of ``--help``.
+_COMMANDS = {
+    "decode": ("decode", "read texts at every layer of a model"),
+    "explore": ("explore", "look at a run, or at prompts, in a browser"),
+    "train": ("train", "train a tuned lens of a model"),
+    "eval": ("evaluate", "measure a lens on texts, beside the logit lens and the model"),
+    "info": ("info", "describe a model or a tuned lens, and the engines that work here"),
+    "check": ("check", "say whether a run, written by decode --out, is complete and undamaged"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="tuned-lens-fast", description="What a language model believes at every layer.")
     parser.add_argument("--version", action="version", version=f"tuned-lens-fast {tuned_lens_fast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in _COMMANDS:
-        command = module.add(commands)
-        command.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    for name, (_, purpose) in _COMMANDS.items():
+        commands.add_parser(name, help=purpose)
     return parser
+
+
+class _Command(Parser):
+    """A command's parser, which gets its arguments when there are some to parse."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.get_default("run") is None:
+            import_module(f"{__name__}.{_COMMANDS[self.prog.split()[-1]][0]}").add(self)
+            self.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+        return super().parse_known_args(args, namespace)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -8,12 +8,10 @@ from pathlib import Path
 from tuned_lens_fast.data.parts import check_run
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser("check", help="say whether a run, written by decode --out, is complete and undamaged")
     command.set_defaults(run=run)
     command.add_argument("folder", type=Path, metavar="RUN", help="the folder")
-    return command
 
 
 def run(args: argparse.Namespace) -> int:

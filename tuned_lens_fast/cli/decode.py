@@ -63,9 +63,8 @@ _OUT_NEEDS = {".safetensors": (), ".csv": ("pyarrow",), ".parquet": ("pyarrow",)
 _NO_FOLDER = {".json", ".jsonl", ".txt", ".tsv", ".xlsx", ".feather", ".arrow", ".npz", ".npy", ".pt", ".pkl", ".html"}
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser("decode", help="read texts at every layer of a model")
     command.set_defaults(run=run, check=check, resumes=_resumes)
     command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
     command.add_argument("text", metavar="TEXT", nargs="?", help="the text; - for standard input")
@@ -119,7 +118,6 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add_model_options(command)
-    return command
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:

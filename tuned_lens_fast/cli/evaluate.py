@@ -33,9 +33,8 @@ from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
 TRANSFER_TOKENS = 4096
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser("eval", help="measure a lens on texts, beside the logit lens and the model")
     command.set_defaults(run=run, check=check)
     command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
     command.add_argument(
@@ -72,7 +71,6 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add_model_options(command)
-    return command
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:

@@ -26,9 +26,8 @@ from tuned_lens_fast.streaming import check_length
 _LOCAL = ("127.0.0.1", "localhost")
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser("explore", help="look at a run, or at prompts, in a browser")
     command.set_defaults(run=run, check=check)
     command.add_argument(
         "model", metavar="MODEL_OR_RUN", help="a folder that decode --out wrote, or a model as decode takes it"
@@ -41,7 +40,6 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     command.add_argument("--port", type=int, default=0, help="(default: any that is free)")
     command.add_argument("--host", default="127.0.0.1", help="the address to listen at (default: this machine alone)")
     add_model_options(command)
-    return command
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:

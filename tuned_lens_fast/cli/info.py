@@ -22,16 +22,14 @@ from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.nn import LogitLens
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser("info", help="describe a model or a tuned lens, and the engines that work here")
     command.set_defaults(run=run)
     command.add_argument(
         "model", metavar="MODEL_OR_LENS", help="a model's folder or hub id, or a lens's folder or file"
     )
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     add_model_options(command)
-    return command
 
 
 def run(args: argparse.Namespace) -> None:

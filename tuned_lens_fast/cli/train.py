@@ -51,14 +51,12 @@ _PIECES = 20
 _AT_ONCE = 1000
 
 
-def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    command = commands.add_parser(
-        "train",
-        help="train a tuned lens of a model",
-        description="Train a tuned lens of MODEL on texts and write it to a folder. Name the texts (--jsonl, --text or "
+    command.description = (
+        "Train a tuned lens of MODEL on texts and write it to a folder. Name the texts (--jsonl, --text or "
         "--dataset) and the folder (--out); how long it takes and how good it gets follows from --steps and "
-        "--tokens-per-step. All else has defaults. The same command resumes a run that was stopped.",
+        "--tokens-per-step. All else has defaults. The same command resumes a run that was stopped."
     )
     command.set_defaults(run=run, check=check, resumes=_resumes)
     command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
@@ -145,7 +143,6 @@ def add(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     work.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_model_options(command)
-    return command
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:

@@ -23,9 +23,10 @@ from tuned_lens_fast import budget, progress
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
 from tuned_lens_fast.engines import ENGINES
-from tuned_lens_fast.engines.interface import DecodableLens, Readout
+from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
+from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
 from tuned_lens_fast.validation import check_documents, check_model
 
@@ -308,7 +309,7 @@ def positions_at_once(prepared: Prepared, positions: int) -> int:
         positions,
         engine=prepared.engine,
         hidden=hidden_dtype(prepared.model),
-        readout=Readout.of(lens, prepared.numbers),
+        readout=readout_of(lens, prepared.numbers),
         query=prepared.query,
         memory_budget=prepared.plan.budget,
     ).chunk

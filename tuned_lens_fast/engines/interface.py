@@ -101,7 +101,7 @@ class Readout:
     head: Head
 
     @classmethod
-    def of(cls, lens: DecodableLens, layers: Iterable[int]) -> Readout:
+    def of(cls, lens: AffineLens, layers: Iterable[int]) -> Readout:
         """That of the lens's ``layers``."""
         return cls(tuple(map(lens.translator, layers)), lens.unembed.norm, lens.unembed.head)
 
@@ -127,10 +127,16 @@ class ModelEnd(Protocol):
 
 
 class DecodableLens(Protocol):
-    """A lens as far as decoding knows it: a model's end, and a translator for each layer."""
+    """A lens as far as decoding knows it: what it does to a hidden state, and a model's end."""
 
     @property
     def unembed(self) -> ModelEnd: ...
+
+    def transform_hidden(self, h: Tensor, idx: int) -> Tensor: ...
+
+
+class AffineLens(DecodableLens, Protocol):
+    """One that says by which affine map it does it."""
 
     def translator(self, idx: int) -> Translator | None: ...
 

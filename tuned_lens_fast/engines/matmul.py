@@ -6,8 +6,8 @@ head's precision, sums and logits are fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +15,23 @@ from torch import Tensor
 from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.engines.tiling import slices
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 #: Rows and columns that AMX's registers hold; x is padded to multiples of it.
 AMX_BLOCK = 32
 #: Rows that AVX2's product takes at once, and at most how much of W a thread packs: tokens and their weights.
 FMA_ROWS, FMA_BLOCK = 6, (64, 256)
 #: Of W, for AVX2's product; its sums are of fp32.
 FMA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """Have ``torch.compile`` call ``function`` once and take what it returns for a constant.
+
+    So does ``torch.compiler.assume_constant_result``, which imports ``torch._dynamo``: as long again as PyTorch takes.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Packed(NamedTuple):
@@ -231,6 +242,6 @@ def _padded(size: int) -> int:
     return -(-size // AMX_BLOCK) * AMX_BLOCK
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _threads() -> int:
     return torch.get_num_threads()

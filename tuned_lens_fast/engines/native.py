@@ -19,7 +19,15 @@ from torch import Tensor
 from tuned_lens_fast.engines.decoding import Reference
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head, Tiling
-from tuned_lens_fast.engines.matmul import FMA_DTYPES, AmxMatmul, FmaMatmul, Matmul, Packed, bf16_split
+from tuned_lens_fast.engines.matmul import (
+    FMA_DTYPES,
+    AmxMatmul,
+    FmaMatmul,
+    Matmul,
+    Packed,
+    bf16_split,
+    constant_in_graphs,
+)
 from tuned_lens_fast.engines.state import NO_KEY, SUMS, State, Wanted, largest_keys, tile_top_keys
 from tuned_lens_fast.engines.statistics import DIVERGENCES
 
@@ -52,7 +60,7 @@ def _cuda_library() -> str | None:
     return _load("_native_cuda", "nvcc and a CUDA build of PyTorch 2.10 or newer", ["runs_on_gpu"])
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def missing_on_cuda(index: int | None = None) -> str | None:
     """Why the engine does not work on the GPU of that number, or on the current one; None where it does."""
     if MISSING is not None or not torch.cuda.is_available():
@@ -74,19 +82,19 @@ if MISSING is None:
         """All write into tensors they are given."""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def has_amx() -> bool:
     """Whether products can run on this processor's AMX unit."""
     return MISSING is None and torch.ops.tuned_lens_fast.has_amx()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def has_fma() -> bool:
     """Whether products can run on this processor's AVX2 unit, and have no wider one to run on."""
     return MISSING is None and torch.ops.tuned_lens_fast.has_fma()
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def fp32_precision() -> str:
     """What PyTorch is told about fp32 products on CPUs."""
     return torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]

@@ -26,15 +26,18 @@ from tuned_lens_fast.engines.state import State, Wanted
 from tuned_lens_fast.engines.statistics import OF_TOKENS, asked, by_two_passes, divergences
 from tuned_lens_fast.engines.tiling import empty_answer, even, slices
 
+MISSING: str | None = None
 try:
     import triton  # noqa: F401
 except ImportError as error:  # no Triton for this platform
-    MISSING: str | None = f"Triton cannot be imported ({error}); pip install triton"
+    MISSING = f"Triton cannot be imported ({error}); pip install triton"
 else:
-    MISSING = None
-    from tuned_lens_fast.kernels import divergence, launch, target_logits, top_k, translate, vocabulary_pass
-    from tuned_lens_fast.kernels import norm as norm_kernel
-    from tuned_lens_fast.kernels.logits import MASKED
+    try:
+        from tuned_lens_fast.kernels import divergence, launch, target_logits, top_k, translate, vocabulary_pass
+        from tuned_lens_fast.kernels import norm as norm_kernel
+        from tuned_lens_fast.kernels.logits import MASKED
+    except ModuleNotFoundError as error:  # in the root of a checkout whose link to them is a file
+        MISSING = f"its kernels are not beside it ({error}); run Python outside of the checkout, or install with pip -e"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: The reference's u is two products a position; more positions at once than this do not make them faster.

@@ -49,9 +49,22 @@ class Lens(abc.ABC, nn.Module):
     """Decodes hidden states of any layer into logits.
 
     ``idx`` is the layer a hidden state enters: ``hidden_states[idx]`` of transformers, 0 being the embedding.
+
+    A class that brings ``translator(idx)``, the affine map that its ``transform_hidden`` adds, is decoded by it. Any
+    other is by its ``transform_hidden``, a layer at a time.
     """
 
     unembed: Unembed
+    #: Whether ``translator`` says all that the lens does before the unembedding.
+    affine = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class that brings a ``transform_hidden`` or ``forward`` of its own, and no ``translator``, means these."""
+        super().__init_subclass__(**options)
+        if "translator" in vars(cls):
+            cls.affine = True
+        elif not {"transform_hidden", "forward"}.isdisjoint(vars(cls)):
+            cls.affine = False
 
     def __init__(self, unembed: Unembed) -> None:
         """``unembed`` maps the translated hidden state to logits."""
@@ -65,16 +78,6 @@ class Lens(abc.ABC, nn.Module):
     @abc.abstractmethod
     def forward(self, h: Tensor, idx: int) -> Tensor:
         """Logits ``[..., vocab]`` of the hidden states ``h`` ``[..., d_model]`` of layer ``idx``."""
-
-    def translator(self, idx: int) -> Translator | None:
-        """What :meth:`decode` adds to the hidden state of layer ``idx``: an affine map of it, or None for
-        nothing.
-
-        Raises:
-            IndexError: the lens has no layer ``idx``.
-            NotImplementedError: the lens is of a kind that does not say.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no translator(idx), which decode needs")
 
     #: Statistics of every layer and position.
     decode = decode
@@ -101,7 +104,7 @@ class Lens(abc.ABC, nn.Module):
 
         Args:
             model: the causal LM the lens belongs to.
-            layer: 0 to num_hidden_layers - 1.
+            layer: 0 to num_hidden_layers - 1; negative ones count from the end.
             input_ids: integer ``[tokens]`` or ``[batch, tokens]``, prompts of one length without padding.
             do_sample: sample; False takes the likeliest token.
             temp: divides the logits before sampling; 0 takes the likeliest token.
@@ -127,7 +130,9 @@ class Lens(abc.ABC, nn.Module):
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, wanted 0 or more")
         model = unwrapped(model)
-        _check_layer("layer", layer, len(get_transformer_layers(model)[1]))
+        layers = len(get_transformer_layers(model)[1])
+        layer = layer + layers if -layers <= layer < 0 else layer
+        _check_layer("layer", layer, layers)
 
         tokens = input_ids.reshape(-1, input_ids.shape[-1])
         start = tokens.shape[1]
@@ -171,7 +176,7 @@ class LogitLens(Lens):
 
     def forward(self, h: Tensor, idx: int) -> Tensor:
         """Logits ``[..., vocab]`` of ``h`` ``[..., d_model]``, whatever ``idx``; see :class:`Unembed`."""
-        return self.unembed.forward(h)
+        return self.unembed.forward(self.transform_hidden(h, idx))
 
     def translator(self, idx: int) -> Translator | None:
         """None: the logit lens reads the hidden state as it is."""

@@ -225,18 +225,9 @@ class Unembed(nn.Module):
     def unembedding_hash(self) -> str:
         """A hash of the head's weight that identifies the model and survives a change of dtype.
 
-        The same as tuned-lens 0.2.0's: SHA-256 of how NumPy prints the matrix, with one digit. A large matrix
-        prints as its corners, so only these are read.
+        The same as tuned-lens 0.2.0's; see :func:`matrix_hash`.
         """
-        weight = self.unembedding.weight.detach()
-        rows, columns = ([*range(3), n // 2, *range(n - 3, n)] if n > 6 else [*range(n)] for n in weight.shape)
-        with np.printoptions(edgeitems=3, threshold=1000, linewidth=75, suppress=False, sign="-", floatmode="maxprec"):
-            if weight.numel() > 1000:
-                corners = weight[rows][:, columns].float().cpu().numpy()
-                text = np.array2string(corners, precision=1, threshold=0)
-            else:
-                text = np.array2string(weight.float().cpu().numpy(), precision=1)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return matrix_hash(self.unembedding.weight.detach())
 
     def invert(
         self,
@@ -357,6 +348,21 @@ def check_hidden(h: Tensor, d_model: int) -> None:
         raise TypeError(f"h: got {h.dtype}, wanted a floating dtype")
     if h.shape[-1:] != (d_model,):
         raise ValueError(f"h: got shape {[*h.shape]}, wanted [..., {d_model}]")
+
+
+def matrix_hash(weight: Tensor) -> str:
+    """SHA-256 of how NumPy prints a matrix ``[rows, columns]``, with one digit.
+
+    A large matrix prints as its corners, so only these are read.
+    """
+    rows, columns = ([*range(3), n // 2, *range(n - 3, n)] if n > 6 else [*range(n)] for n in weight.shape)
+    with np.printoptions(edgeitems=3, threshold=1000, linewidth=75, suppress=False, sign="-", floatmode="maxprec"):
+        if weight.numel() > 1000:
+            corners = weight[rows][:, columns].float().cpu().numpy()
+            text = np.array2string(corners, precision=1, threshold=0)
+        else:
+            text = np.array2string(weight.float().cpu().numpy(), precision=1)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_head(linear: nn.Linear) -> None:

@@ -1,0 +1,99 @@
+"""One way to read hidden states with any lens: what lies between a question that is checked and an engine.
+
+A lens whose layers are affine maps is handed to the engine as it is. Of any other only ``transform_hidden`` is known:
+its states are transformed a layer at a time, and read with the unembedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from tuned_lens_fast.engines.decoding import Engine
+from tuned_lens_fast.engines.interface import AffineLens, DecodableLens, Head, Query, Readout
+from tuned_lens_fast.engines.tiling import flattens
+from tuned_lens_fast.models.comparison import close
+
+
+def is_affine(lens: DecodableLens) -> TypeGuard[AffineLens]:
+    """Whether ``lens.translator(idx)`` says all that the lens does to a hidden state before the unembedding."""
+    return getattr(lens, "affine", hasattr(lens, "translator"))
+
+
+def readout_of(lens: DecodableLens, layers: Iterable[int]) -> Readout:
+    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states."""
+    if is_affine(lens):
+        return Readout.of(lens, layers)
+    return Readout((None,) * len(list(layers)), lens.unembed.norm, lens.unembed.head)
+
+
+def read(
+    engine: Engine,
+    lens: Any,
+    layers: Sequence[int],
+    hidden: Sequence[Tensor],
+    query: Query,
+    memory_budget: int,
+    head: Head | None = None,
+) -> dict[str, Tensor]:
+    """``engine.decode`` of what ``lens`` reads in ``hidden``, entries ``[..., d_model]`` of its ``layers``.
+
+    ``head`` stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer
+    takes beyond the budget.
+
+    Raises:
+        ValueError: see :func:`transformed`.
+    """
+    readout = readout_of(lens, layers)
+    readout = readout if head is None else replace(readout, head=head)
+    if is_affine(lens) or not len(hidden):
+        return decode_views(engine, hidden, readout, query, memory_budget)
+    one = Readout(readout.translators[:1], readout.norm, readout.head)
+    parts = []
+    for layer, entry in zip(layers, hidden, strict=True):
+        states = transformed(lens, entry, layer)
+        parts.append(decode_views(engine, [states], one, query, memory_budget))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def transformed(lens: Any, hidden: Tensor, layer: int) -> Tensor:
+    """``lens.transform_hidden``, once it is seen that the unembedding of it is what the lens's ``forward`` gives.
+
+    Raises:
+        ValueError: it is not, at the first position; or the shape is another one.
+    """
+    states = lens.transform_hidden(hidden, layer)
+    if states.shape != hidden.shape:
+        raise ValueError(f"lens: transform_hidden made {[*states.shape]} of {[*hidden.shape]}, wanted the same shape")
+    first = hidden.reshape(-1, hidden.shape[-1])[:1]
+    if len(first) and first.isfinite().all():
+        with torch.no_grad():
+            found, wanted = lens.unembed.forward(lens.transform_hidden(first, layer)), lens.forward(first, layer)
+        if found.shape != wanted.shape or not close(found, wanted):
+            raise ValueError(
+                f"lens: the forward of {type(lens).__name__} is not its unembed of its transform_hidden at layer "
+                f"{layer}, and decode reads the latter"
+            )
+    return states
+
+
+def decode_views(
+    engine: Engine, entries: Sequence[Tensor], readout: Readout, query: Query, budget: int
+) -> dict[str, Tensor]:
+    """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
+
+    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
+    """
+    if all(flattens(entry) for entry in entries):
+        flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
+        return engine.decode(flat, readout, query, budget)
+    parts = []
+    at_once = entries[0][0].numel() // entries[0].shape[-1]
+    for i in range(entries[0].shape[0]):
+        part = query.at(slice(i * at_once, (i + 1) * at_once))
+        parts.append(decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
+    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
