@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 #: Where the caller names none.
-DEFAULT_OPTIMIZER = "sgd"
+DEFAULT_OPTIMIZER = "adam"
 _MOMENTUM = 0.9
 
 
