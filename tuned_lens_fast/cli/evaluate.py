@@ -20,13 +20,14 @@ from tuned_lens_fast.cli.arguments import add_model_options, byte_count, positiv
 from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, place_of, tokenize
 from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.data.jsonl import read_jsonl
+from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.data.text_files import read_texts
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.streaming import check_length
-from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate
+from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate, table
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
 
 #: Positions that the transfer matrix is measured on: each is read once for every two layers.
@@ -66,7 +67,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write evaluation.json there, and evaluation.png if matplotlib is there",
+        help="write evaluation.json there, with pyarrow evaluation.parquet, with matplotlib evaluation.png",
     )
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
@@ -116,11 +117,7 @@ def run(args: argparse.Namespace) -> None:
                 memory_budget=args.memory_budget,
             )
         seconds = time.perf_counter() - start
-        drawn = args.out is not None and importlib.util.find_spec("matplotlib") is not None
-        if args.out is not None:
-            found.save(args.out / "evaluation.json")
-        if drawn:
-            draw(found, args.out / "evaluation.png")
+        written = [] if args.out is None else _write(found, args.out)
 
     if args.json:
         print_json({"model": args.model, "lens": args.lens, **found.to_dict(), "seconds": seconds})
@@ -130,8 +127,24 @@ def run(args: argparse.Namespace) -> None:
     done = f"{documents_read}, {found.positions:,} positions in {seconds:.1f} s"
     show.print(done, highlight=False, soft_wrap=True)
     if args.out is not None:
-        what = "evaluation.json and evaluation.png" if drawn else "evaluation.json, and no picture without matplotlib"
-        show.print(f"wrote {args.out}: {what}", highlight=False, markup=False, soft_wrap=True)
+        show.print(f"wrote {args.out}: {', '.join(written)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(found: Evaluation, out: Path) -> list[str]:
+    """Write what was measured, and say as what; what needs a package that is not there is left out."""
+    found.save(out / "evaluation.json")
+    written = ["evaluation.json"]
+    if importlib.util.find_spec("pyarrow") is None:
+        written.append("no table without pyarrow")
+    else:
+        write_table(out / "evaluation.parquet", table(found))
+        written.append("evaluation.parquet")
+    if importlib.util.find_spec("matplotlib") is None:
+        written.append("no picture without matplotlib")
+    else:
+        draw(found, out / "evaluation.png")
+        written.append("evaluation.png")
+    return written
 
 
 #: Columns of the table: heading -> whose reading, and what of it.
@@ -148,15 +161,15 @@ _COLUMNS = {
 
 def print_evaluation(console: Console, found: Evaluation) -> None:
     """A line for each layer, means with half the width of their intervals; then the transfer matrix's worst."""
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    table.add_column("layer", justify="right", style="dim", no_wrap=True)
+    shown = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    shown.add_column("layer", justify="right", style="dim", no_wrap=True)
     for heading in _COLUMNS:
-        table.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right")
     for row, layer in enumerate(found.layers):
-        table.add_row(str(layer), *(_cell(getattr(found, of)[measure], row) for of, measure in _COLUMNS.values()))
+        shown.add_row(str(layer), *(_cell(getattr(found, of)[measure], row) for of, measure in _COLUMNS.values()))
     own = {"CE": "ce", "entropy": "entropy"}
-    table.add_row("output", *(_cell(found.model[own[name]], 0) if name in own else "" for name in _COLUMNS))
-    console.print(table)
+    shown.add_row("output", *(_cell(found.model[own[name]], 0) if name in own else "" for name in _COLUMNS))
+    console.print(shown)
     interval = f"± is half of the {CONFIDENCE:.0%} confidence interval over documents"
     notes = [
         f"nats; {interval if found.documents > 1 else 'one document has no confidence interval'}",
