@@ -14,6 +14,7 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
 import tuned_lens_fast as tl
 from tuned_lens_fast import cli, progress
 from tuned_lens_fast.engines.interface import BudgetError
+from tuned_lens_fast.training.documents import sequences
 from tuned_lens_fast.training.evaluation import MEASURES, Evaluation, Means, _Sums, draw, student_t, table
 
 #: Two-sided 95% quantiles of Student's t, as printed in tables.
@@ -382,12 +383,43 @@ def test_without_matplotlib_and_pyarrow(saved, files, capsys, monkeypatch):
     assert [path.name for path in (files / "out").iterdir()] == ["evaluation.json"]
 
 
+def test_joined_texts_and_a_data_set(saved, files, capsys):
+    folder, model, tokenizer, lens = saved
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    joined = sequences(model, ids, 16)
+    jsonl = ["--jsonl", files / "x.jsonl", "--text-column", "body"]
+    assert command(saved, *jsonl, "--sequence-length", 16, "--tokens", 40, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = tl.evaluate(model, lens, [joined[0], joined[1], joined[2][:8]]).to_dict()
+    assert (found["documents"], found["positions"]) == (3, 40)
+    np.testing.assert_allclose(found["lens"]["kl"]["mean"], wanted["lens"]["kl"]["mean"], rtol=1e-5)
+    assert command(saved, *jsonl, "--sequence-length", "auto") == 1
+    assert f"tokens, fewer than one sequence of {model.config.max_position_embeddings}" in capsys.readouterr().err
+    assert cli.main(["eval", str(folder), *map(str, jsonl), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["lens"] == alone["logit_lens"]
+
+
+@pytest.mark.slow
+def test_a_data_set(saved, files, capsys):
+    pytest.importorskip("datasets", reason="pip install datasets")
+    (files / "data").mkdir()
+    (files / "x.jsonl").rename(files / "data" / "test.jsonl")
+    data_set = ["--dataset", files / "data", "--split", "test", "--text-column", "body"]
+    assert command(saved, *data_set, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == len(TEXTS)
+    assert command(saved, *data_set[:2], "--split", "dev") == 1
+    assert "dataset: cannot load" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        ([], 2, "one of the arguments --text --jsonl is required"),
+        (["--text", "{0}/0.txt", "--split", "test"], 2, "--split and --config are for --dataset"),
+        (["--text", "{0}/0.txt", "--sequence-length", "long"], 2, "got 'long', wanted"),
+        ([], 2, "one of the arguments --text --jsonl --dataset is required"),
         (["--text", "{0}/0.txt", "--jsonl", "{0}/x.jsonl"], 2, "not allowed with"),
-        (["--text", "{0}/0.txt", "--text-column", "body"], 2, "--text-column is for --jsonl"),
+        (["--text", "{0}/0.txt", "--text-column", "body"], 2, "--text-column is for --jsonl and --dataset"),
         (["--text", "{0}/0.txt", "--transfer-tokens", "3"], 2, "--transfer-tokens is for --transfer"),
         (["--text", "{0}/none.txt"], 1, "text: cannot read .*none.txt: No such file"),
         (["--text", "{0}"], 1, "text: cannot read .*Is a directory"),

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import tuned_lens_fast
-from tuned_lens_fast.cli.arguments import Parser
+from tuned_lens_fast.cli.arguments import Parser, is_replaced
 from tuned_lens_fast.cli.output import quiet_libraries
 from tuned_lens_fast.messages import shortened
 
@@ -74,6 +74,11 @@ class _Command(Parser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if is_replaced(argv):
+        from tuned_lens_fast.cli.replaced import translated
+
+        argv = translated(argv)
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "check"):
         args.check(parser, args, rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tuned_lens_fast.messages import quoted, shortened
@@ -11,9 +12,18 @@ from tuned_lens_fast.messages import quoted, shortened
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+#: What the commands' help says of it.
+ALSO = "A command line of tuned-lens, with --model.name, runs too: docs/differences.md has what becomes of its flags."
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"tuned-lens-fast: error: {shortened(message)} (see {self.prog} --help)\n")
+
+
+def is_replaced(argv: Sequence[str]) -> bool:
+    """Whether a command line is of the replaced library: it has ``--model.name``."""
+    return any(word.partition("=")[0] == "--model.name" for word in argv)
 
 
 def positive(text: str) -> int:
@@ -21,6 +31,20 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a whole number from 1")
     return int(text)
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a number from 0")
+    return value
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -47,6 +71,12 @@ def byte_count(text: str) -> int:
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """How MODEL is loaded."""
     command.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds its weights as GGUF")
+    command.add_argument(
+        "--revision",
+        default="main",
+        metavar="NAME",
+        help="of MODEL on the hub: a branch, tag or commit (default: main)",
+    )
     command.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],

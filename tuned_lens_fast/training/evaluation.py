@@ -140,7 +140,7 @@ def evaluate(
     options: dict[str, Any] = {"chunk": chunk, "engine": engine, "memory_budget": memory_budget}
     work = _Work(model, lens, held, {"stats": ("kl", "log_prob", "entropy"), "top_k": 1, **options})
     layers = len(work.numbers)
-    some = _first(held, transfer_tokens)
+    some = first(held, transfer_tokens)
     others = _Work(model, lens, some, {"stats": ("kl",), "targets": None, **options}) if some else None
     progress.expect((2 * layers + 1) * work.positions + (layers**2 * others.positions if others else 0))
 
@@ -291,7 +291,7 @@ class _Work:
             yield batch, self._prepared(batch)
 
 
-def _first(documents: Sequence[Tensor], positions: int) -> list[Tensor]:
+def first(documents: Sequence[Tensor], positions: int) -> list[Tensor]:
     """The first documents, the last of them cut, so that they have ``positions`` or all there are."""
     found = []
     for document in documents:
