@@ -70,22 +70,23 @@ def byte_count(text: str) -> int:
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """How MODEL is loaded."""
-    command.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds its weights as GGUF")
-    command.add_argument(
+    group = command.add_argument_group("the model")
+    group.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds its weights as GGUF")
+    group.add_argument(
         "--revision",
         default="main",
         metavar="NAME",
         help="of MODEL on the hub: a branch, tag or commit (default: main)",
     )
-    command.add_argument(
+    group.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="of the model's weights (default: as they are stored; float32 for GGUF)",
     )
-    command.add_argument(
+    group.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
     )
-    command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")

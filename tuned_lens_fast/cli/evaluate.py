@@ -38,6 +38,8 @@ TRANSFER_TOKENS = 4096
 
 def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    command.usage = "%(prog)s MODEL --lens FOLDER_OR_ID (--text FILE ... | --jsonl FILE | --dataset NAME) [OPTION ...]"
+    command.epilog = "for example: tuned-lens-fast eval gpt2 --lens lens --text a.txt b.txt --out results"
     command.description = (
         "Measure a lens of MODEL on texts that it was not trained on, layer by layer, beside the logit lens and the "
         "model's own output. Name the lens (--lens) and the texts (--text, --jsonl or --dataset). "
@@ -50,7 +52,7 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     texts = command.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files of plain text, each a document")
-    texts.add_argument("--jsonl", type=Path, metavar="FILE", help="many documents, an object a line")
+    texts.add_argument("--jsonl", type=Path, metavar="FILE", help="a document a line, which is a JSON object")
     texts.add_argument("--dataset", metavar="NAME", help="a data set of the hub or a folder; needs datasets")
     command.add_argument("--text-column", metavar="NAME", help="of --jsonl or --dataset (default: text)")
     add_dataset_options(command)
@@ -61,7 +63,9 @@ def add(command: argparse.ArgumentParser) -> None:
         help="join the texts and cut them into sequences of N positions, which then are the documents; auto for as "
         "many as train takes (default: read each text whole)",
     )
-    command.add_argument("--tokens", type=positive, metavar="N", help="read the first N only (default: all)")
+    command.add_argument(
+        "--tokens", type=positive, metavar="N", help="of the texts that are read, the first ones (default: all)"
+    )
     command.add_argument(
         "--transfer", action="store_true", help="also read every layer's hidden states with every layer's translator"
     )
@@ -69,10 +73,12 @@ def add(command: argparse.ArgumentParser) -> None:
         "--transfer-tokens",
         type=positive,
         metavar="N",
-        help=f"that of the first N positions (default: {TRANSFER_TOKENS})",
+        help=f"positions that --transfer reads, the first ones (default: {TRANSFER_TOKENS:,})",
     )
     command.add_argument("--chunk", type=positive, metavar="N", help="positions that run at once (default: what fits)")
-    command.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    command.add_argument(
+        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
+    )
     command.add_argument(
         "--memory-budget",
         type=byte_count,

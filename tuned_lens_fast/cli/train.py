@@ -49,6 +49,10 @@ _PIECES = 20
 
 def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    command.usage = "%(prog)s MODEL (--jsonl FILE | --text FILE ... | --dataset NAME) --out FOLDER [OPTION ...]"
+    command.epilog = (
+        "for example: tuned-lens-fast train gpt2 --text book.txt --out lens --steps 50 --tokens-per-step 8192"
+    )
     command.description = (
         "Train a tuned lens of MODEL on texts and write it to a folder. Name the texts (--jsonl, --text or "
         "--dataset) and the folder (--out); how long it takes and how good it gets follows from --steps and "
@@ -70,9 +74,13 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     first.add_argument("--dataset", metavar="NAME", help="the texts, a data set of the hub or a folder; needs datasets")
     first.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the lens is written")
-    first.add_argument("--steps", type=positive, default=STEPS, metavar="N", help="of the optimiser (default: 250)")
+    first.add_argument("--steps", type=positive, default=STEPS, metavar="N", help="of training (default: 250)")
     first.add_argument(
-        "--tokens-per-step", type=positive, default=TOKENS_PER_STEP, metavar="N", help="(default: 262,144)"
+        "--tokens-per-step",
+        type=positive,
+        default=TOKENS_PER_STEP,
+        metavar="N",
+        help="that a step reads (default: 262,144); texts that are used up come again, in another order",
     )
 
     text = command.add_argument_group("the texts")
@@ -93,14 +101,27 @@ def add(command: argparse.ArgumentParser) -> None:
 
     lens = command.add_argument_group("the lens")
     lens.add_argument("--lens", metavar="FOLDER_OR_ID", help="go on from this tuned lens")
-    lens.add_argument("--loss", choices=LOSSES, default="kl", help="from the model's output, or of next tokens")
+    lens.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="kl",
+        help="kl: the divergence from the model's output; ce: the cross-entropy of the next token (default: kl)",
+    )
     lens.add_argument(
         "--init", choices=INITS, help="where training starts (default: ridge regression; with --lens what it has)"
     )
-    lens.add_argument("--init-tokens", type=positive, default=INIT_TOKENS, metavar="N", help="(default: 65,536)")
-    lens.add_argument("--layers", type=layer_numbers, help='such as "0,5,10-20"; the rest stays (default: all)')
-    lens.add_argument("--rank", type=positive, metavar="R", help="of each layer's matrix (default: full)")
-    lens.add_argument("--bias-only", action="store_true", help="train no matrices")
+    lens.add_argument(
+        "--init-tokens",
+        type=positive,
+        default=INIT_TOKENS,
+        metavar="N",
+        help="that the ridge regression reads (default: 65,536)",
+    )
+    lens.add_argument(
+        "--layers", type=layer_numbers, help='to train, such as "0,5,10-20"; the rest stays (default: all)'
+    )
+    lens.add_argument("--rank", type=positive, metavar="R", help="that each layer's matrix is held to (default: full)")
+    lens.add_argument("--bias-only", action="store_true", help="train biases and no matrices")
 
     optimizer = command.add_argument_group("the optimiser")
     optimizer.add_argument(
@@ -112,8 +133,18 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     rates = ", ".join(f"{name} {recipe.learning_rate:g}" for name, recipe in RECIPES.items())
     optimizer.add_argument("--learning-rate", type=number, metavar="X", help=f"(default: {rates})")
-    optimizer.add_argument("--schedule", choices=[*SCHEDULES], default="linear", help="(default: linear, to 0)")
-    optimizer.add_argument("--warmup", type=whole, metavar="N", help="steps (default: 0, for adam a fifth)")
+    optimizer.add_argument(
+        "--schedule",
+        choices=[*SCHEDULES],
+        default="linear",
+        help="of the learning rate behind the warmup (default: linear, to 0)",
+    )
+    optimizer.add_argument(
+        "--warmup",
+        type=whole,
+        metavar="N",
+        help="steps in which the learning rate rises (default: 0, for adam a fifth of all, at most 1,000)",
+    )
     decays = ", ".join(f"{name} {recipe.weight_decay:g}" for name, recipe in RECIPES.items())
     optimizer.add_argument("--weight-decay", type=number, metavar="X", help=f"(default: {decays})")
     optimizer.add_argument(
@@ -121,16 +152,37 @@ def add(command: argparse.ArgumentParser) -> None:
     )
 
     work = command.add_argument_group("how it runs")
-    work.add_argument("--eval-every", type=positive, default=EVAL_EVERY, metavar="N", help="steps (default: 50)")
     work.add_argument(
-        "--eval-tokens", type=positive, metavar="N", help="(default: as many as a step has, at most 16,384)"
+        "--eval-every",
+        type=positive,
+        default=EVAL_EVERY,
+        metavar="N",
+        help="steps from one measurement on what is held out to the next (default: 50)",
     )
     work.add_argument(
-        "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps (default: 25)"
+        "--eval-tokens",
+        type=positive,
+        metavar="N",
+        help="that are measured on, if as many are held out (default: as many as a step has, at most 16,384)",
+    )
+    work.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        default=CHECKPOINT_EVERY,
+        metavar="N",
+        help="steps that a stopped run loses at most (default: 25)",
     )
     work.add_argument("--no-resume", action="store_true", help="refuse a folder that has a run in it")
-    work.add_argument("--seed", type=whole, default=0, metavar="N", help="(default: 0)")
-    work.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    work.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="of what is held out and of the order of the texts (default: 0)",
+    )
+    work.add_argument(
+        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
+    )
     work.add_argument(
         "--memory-budget",
         type=byte_count,
