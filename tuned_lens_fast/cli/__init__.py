@@ -58,7 +58,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"tuned-lens-fast {tuned_lens_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     for name, (_, purpose) in _COMMANDS.items():
-        commands.add_parser(name, help=purpose)
+        command = commands.add_parser(name, help=purpose)
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -81,7 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         argv = translated(argv)
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "check"):
-        args.check(parser, args, rest)
+        args.check(args.parser, args, rest)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args

@@ -170,7 +170,9 @@ def _read(args: argparse.Namespace) -> Any:
     """The texts: documents, a list but where they are of a data set."""
     if args.dataset is not None:
         return read_dataset(args)
-    return read_texts(args.text) if args.jsonl is None else read_jsonl(args.jsonl, args.text_column or "text")
+    if args.jsonl is not None:
+        return read_jsonl(args.jsonl, args.text_column or "text", skip_empty=True)
+    return read_texts(args.text)
 
 
 def _length(text: str) -> int:

@@ -338,13 +338,13 @@ def _read(args: argparse.Namespace) -> Iterable[Document]:
     if args.dataset is not None:
         return read_dataset(args)
     if args.jsonl is not None:
-        return read_jsonl(args.jsonl, args.text_column or "text")
+        return read_jsonl(args.jsonl, args.text_column or "text", skip_empty=True)
     return _of_files(args.text)
 
 
 def _read_file(args: argparse.Namespace, path: Path) -> Iterable[Document]:
     """What is held out, as the texts are read."""
-    return _of_files([path]) if args.jsonl is None else read_jsonl(path, args.text_column or "text")
+    return _of_files([path]) if args.jsonl is None else read_jsonl(path, args.text_column or "text", skip_empty=True)
 
 
 def _of_files(paths: list[Path]) -> list[Document]:
