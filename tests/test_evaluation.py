@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import reference
 import tiny_text_model
@@ -13,7 +14,8 @@ from tiny_models import D_MODEL, LAYERS, VOCAB, tiny
 import tuned_lens_fast as tl
 from tuned_lens_fast import cli, progress
 from tuned_lens_fast.engines.interface import BudgetError
-from tuned_lens_fast.training.evaluation import MEASURES, _Sums, draw, student_t
+from tuned_lens_fast.training.documents import sequences
+from tuned_lens_fast.training.evaluation import MEASURES, Evaluation, Means, _Sums, draw, student_t, table
 
 #: Two-sided 95% quantiles of Student's t, as printed in tables.
 T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 7: 2.3646, 10: 2.2281, 30: 2.0423, 120: 1.9799}
@@ -333,6 +335,13 @@ def test_the_command_measures_what_the_function_does(saved, files, capsys):
     assert printed["documents"] == 3
     assert (files / "out" / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     assert "wrote" in err
+    rows = pq.read_table(files / "out" / "evaluation.parquet").to_pylist()
+    assert len(rows) == (2 * len(printed["layers"]) + 1) * len(MEASURES)
+    for row in rows:
+        means = printed[row["lens"]][row["measure"]]
+        at = 0 if row["lens"] == "model" else printed["layers"].index(row["layer"])
+        assert [row[name] for name in ("mean", "low", "high")] == [means[name][at] for name in ("mean", "low", "high")]
+        assert (row["documents"], row["positions"]) == (3, printed["positions"])
     assert command(saved, "--jsonl", files / "x.jsonl", "--text-column", "body", "--json") == 0
     assert json.loads(capsys.readouterr().out)["lens"] == printed["lens"]
 
@@ -352,18 +361,65 @@ def test_the_table(saved, files, capsys, monkeypatch):
     assert "one document has no confidence interval" in out
 
 
-def test_without_matplotlib(saved, files, capsys, monkeypatch):
+def test_what_is_left_out_is_not_in_the_table():
+    nan = float("nan")
+    means = {name: Means([1.0, nan], [nan, nan], [2.0, nan]) for name in MEASURES}
+    own = {name: Means([0.5], [0.4], [0.6]) for name in MEASURES}
+    left_out = {"lens": [0, 9], "logit_lens": [2, 0], "model": [1]}
+    rows = table(Evaluation(4, 9, [0, 2], means, means, own, left_out, None)).to_pylist()
+    assert rows[0] == {
+        "layer": 0, "lens": "lens", "measure": "kl", "mean": 1.0, "low": None, "high": 2.0, "documents": 4,
+        "positions": 9,
+    }  # fmt: skip
+    assert {row["positions"] for row in rows if row["lens"] == "lens" and row["layer"] == 2} == {0}
+    assert {(row["layer"], row["positions"]) for row in rows if row["lens"] == "model"} == {(None, 8)}
+    assert {row["mean"] for row in rows if row["layer"] == 2} == {None}
+
+
+def test_without_matplotlib_and_pyarrow(saved, files, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert command(saved, "--text", files / "0.txt", files / "1.txt", "--out", files / "out", "--quiet") == 0
+    assert command(saved, "--text", files / "0.txt", files / "1.txt", "--out", files / "out") == 0
+    assert "evaluation.json, no table without pyarrow, no picture without matplotlib" in capsys.readouterr().err
     assert [path.name for path in (files / "out").iterdir()] == ["evaluation.json"]
+
+
+def test_joined_texts_and_a_data_set(saved, files, capsys):
+    folder, model, tokenizer, lens = saved
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    joined = sequences(model, ids, 16)
+    jsonl = ["--jsonl", files / "x.jsonl", "--text-column", "body"]
+    assert command(saved, *jsonl, "--sequence-length", 16, "--tokens", 40, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = tl.evaluate(model, lens, [joined[0], joined[1], joined[2][:8]]).to_dict()
+    assert (found["documents"], found["positions"]) == (3, 40)
+    np.testing.assert_allclose(found["lens"]["kl"]["mean"], wanted["lens"]["kl"]["mean"], rtol=1e-5)
+    assert command(saved, *jsonl, "--sequence-length", "auto") == 1
+    assert f"tokens, fewer than one sequence of {model.config.max_position_embeddings}" in capsys.readouterr().err
+    assert cli.main(["eval", str(folder), *map(str, jsonl), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["lens"] == alone["logit_lens"]
+
+
+@pytest.mark.slow
+def test_a_data_set(saved, files, capsys):
+    pytest.importorskip("datasets", reason="pip install datasets")
+    (files / "data").mkdir()
+    (files / "x.jsonl").rename(files / "data" / "test.jsonl")
+    data_set = ["--dataset", files / "data", "--split", "test", "--text-column", "body"]
+    assert command(saved, *data_set, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == len(TEXTS)
+    assert command(saved, *data_set[:2], "--split", "dev") == 1
+    assert "dataset: cannot load" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        ([], 2, "one of the arguments --text --jsonl is required"),
+        (["--text", "{0}/0.txt", "--split", "test"], 2, "--split and --config are for --dataset"),
+        (["--text", "{0}/0.txt", "--sequence-length", "long"], 2, "got 'long', wanted"),
+        ([], 2, "one of the arguments --text --jsonl --dataset is required"),
         (["--text", "{0}/0.txt", "--jsonl", "{0}/x.jsonl"], 2, "not allowed with"),
-        (["--text", "{0}/0.txt", "--text-column", "body"], 2, "--text-column is for --jsonl"),
+        (["--text", "{0}/0.txt", "--text-column", "body"], 2, "--text-column is for --jsonl and --dataset"),
         (["--text", "{0}/0.txt", "--transfer-tokens", "3"], 2, "--transfer-tokens is for --transfer"),
         (["--text", "{0}/none.txt"], 1, "text: cannot read .*none.txt: No such file"),
         (["--text", "{0}"], 1, "text: cannot read .*Is a directory"),

@@ -1,5 +1,6 @@
 """Training: gradients and steps beside plain PyTorch, the start beside numpy, and runs that end whatever happens."""
 
+import copy
 import errno
 import json
 import math
@@ -470,6 +471,13 @@ def test_many_skips_in_a_row_stop_the_run(model, monkeypatch, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_a_run_of_no_step_at_all_is_an_error(model):
+    broken = copy.deepcopy(model)
+    broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="in 2 steps in a row, up to step 1"):
+        trained(broken, steps=2, init="zero")
+
+
 # Folders
 
 
@@ -806,6 +814,20 @@ def test_command_on_a_data_set(saved, text, capsys):
     ):
         assert cli.main(["train", saved[0], *options, "--out", str(text / "other"), *SMALL]) == 1
         assert_one_line(capsys.readouterr().err, message)
+
+
+def test_command_passes_over_empty_texts(saved, text, capsys):
+    """As tuned-lens does; data sets are full of them."""
+    rows = (text / "text.jsonl").read_text().splitlines()
+    (text / "gaps.jsonl").write_text("\n".join([rows[0], json.dumps({"text": ""}), *rows[1:], '{"text": " \\n"}']))
+    for name in ("text", "gaps"):
+        argv = ["train", saved[0], "--jsonl", str(text / f"{name}.jsonl"), "--out", str(text / name), *SMALL]
+        assert cli.main([*argv, "--init", "zero", "--quiet"]) == 0
+    assert (text / "gaps" / "params.pt").read_bytes() == (text / "text" / "params.pt").read_bytes()
+    (text / "none.jsonl").write_text('{"text": ""}\n')
+    argv = ["train", saved[0], "--jsonl", str(text / "none.jsonl"), "--out", str(text / "lens"), *SMALL]
+    assert cli.main(argv) == 1
+    assert_one_line(capsys.readouterr().err, "none.jsonl has no documents but empty ones")
 
 
 def assert_one_line(printed, message):

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 import tuned_lens_fast
-from tuned_lens_fast.cli.arguments import Parser
+from tuned_lens_fast.cli.arguments import Parser, is_replaced
 from tuned_lens_fast.cli.output import quiet_libraries
 from tuned_lens_fast.messages import shortened
 
@@ -58,7 +58,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"tuned-lens-fast {tuned_lens_fast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     for name, (_, purpose) in _COMMANDS.items():
-        commands.add_parser(name, help=purpose)
+        command = commands.add_parser(name, help=purpose)
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -74,9 +75,14 @@ class _Command(Parser):
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if is_replaced(argv):
+        from tuned_lens_fast.cli.replaced import translated
+
+        argv = translated(argv)
     args, rest = parser.parse_known_args(argv)
     if hasattr(args, "check"):
-        args.check(parser, args, rest)
+        args.check(args.parser, args, rest)
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args

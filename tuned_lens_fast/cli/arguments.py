@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tuned_lens_fast.messages import quoted, shortened
@@ -11,9 +12,18 @@ from tuned_lens_fast.messages import quoted, shortened
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
+#: What the commands' help says of it.
+ALSO = "A command line of tuned-lens, with --model.name, runs too: docs/differences.md has what becomes of its flags."
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"tuned-lens-fast: error: {shortened(message)} (see {self.prog} --help)\n")
+
+
+def is_replaced(argv: Sequence[str]) -> bool:
+    """Whether a command line is of the replaced library: it has ``--model.name``."""
+    return any(word.partition("=")[0] == "--model.name" for word in argv)
 
 
 def positive(text: str) -> int:
@@ -21,6 +31,20 @@ def positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a whole number from 1")
     return int(text)
+
+
+def whole(text: str) -> int:
+    return 0 if text == "0" else positive(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a number from 0")
+    return value
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -46,16 +70,23 @@ def byte_count(text: str) -> int:
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     """How MODEL is loaded."""
-    command.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds its weights as GGUF")
-    command.add_argument(
+    group = command.add_argument_group("the model")
+    group.add_argument("--gguf-file", metavar="NAME", help="the file in MODEL that holds its weights as GGUF")
+    group.add_argument(
+        "--revision",
+        default="main",
+        metavar="NAME",
+        help="of MODEL on the hub: a branch, tag or commit (default: main)",
+    )
+    group.add_argument(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
         help="of the model's weights (default: as they are stored; float32 for GGUF)",
     )
-    command.add_argument(
+    group.add_argument(
         "--trust-remote-code",
         action="store_true",
         help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
     )
-    command.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")

@@ -16,17 +16,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tuned_lens_fast.cli.arguments import add_model_options, byte_count, positive
-from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, place_of, tokenize
+from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, positive
+from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, place_of
 from tuned_lens_fast.cli.output import print_json
+from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.jsonl import read_jsonl
+from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.data.text_files import read_texts
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.streaming import check_length
-from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate
+from tuned_lens_fast.training.documents import LONGEST, sequences
+from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate, first, table
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
 
 #: Positions that the transfer matrix is measured on: each is read once for every two layers.
@@ -35,15 +38,34 @@ TRANSFER_TOKENS = 4096
 
 def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    command.usage = "%(prog)s MODEL --lens FOLDER_OR_ID (--text FILE ... | --jsonl FILE | --dataset NAME) [OPTION ...]"
+    command.epilog = "for example: tuned-lens-fast eval gpt2 --lens lens --text a.txt b.txt --out results"
+    command.description = (
+        "Measure a lens of MODEL on texts that it was not trained on, layer by layer, beside the logit lens and the "
+        "model's own output. Name the lens (--lens) and the texts (--text, --jsonl or --dataset). "
+        f"{ALSO}"
+    )
     command.set_defaults(run=run, check=check)
     command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
     command.add_argument(
-        "--lens", metavar="FOLDER_OR_ID", required=True, help="a tuned lens, or the file of a Jacobian lens"
+        "--lens", metavar="FOLDER_OR_ID", help="a tuned lens, or the file of a Jacobian lens (default: the logit lens)"
     )
     texts = command.add_mutually_exclusive_group(required=True)
     texts.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files of plain text, each a document")
-    texts.add_argument("--jsonl", type=Path, metavar="FILE", help="many documents, an object a line")
-    command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
+    texts.add_argument("--jsonl", type=Path, metavar="FILE", help="a document a line, which is a JSON object")
+    texts.add_argument("--dataset", metavar="NAME", help="a data set of the hub or a folder; needs datasets")
+    command.add_argument("--text-column", metavar="NAME", help="of --jsonl or --dataset (default: text)")
+    add_dataset_options(command)
+    command.add_argument(
+        "--sequence-length",
+        type=_length,
+        metavar="N",
+        help="join the texts and cut them into sequences of N positions, which then are the documents; auto for as "
+        "many as train takes (default: read each text whole)",
+    )
+    command.add_argument(
+        "--tokens", type=positive, metavar="N", help="of the texts that are read, the first ones (default: all)"
+    )
     command.add_argument(
         "--transfer", action="store_true", help="also read every layer's hidden states with every layer's translator"
     )
@@ -51,10 +73,12 @@ def add(command: argparse.ArgumentParser) -> None:
         "--transfer-tokens",
         type=positive,
         metavar="N",
-        help=f"that of the first N positions (default: {TRANSFER_TOKENS})",
+        help=f"positions that --transfer reads, the first ones (default: {TRANSFER_TOKENS:,})",
     )
     command.add_argument("--chunk", type=positive, metavar="N", help="positions that run at once (default: what fits)")
-    command.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    command.add_argument(
+        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
+    )
     command.add_argument(
         "--memory-budget",
         type=byte_count,
@@ -66,7 +90,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write evaluation.json there, and evaluation.png if matplotlib is there",
+        help="write evaluation.json there, with pyarrow evaluation.parquet, with matplotlib evaluation.png",
     )
     command.add_argument("--json", action="store_true", help="print JSON in place of the table")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
@@ -75,34 +99,47 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
     """Refuse arguments that do not go together."""
-    if args.jsonl is None and args.text_column:
-        parser.error("--text-column is for --jsonl")
+    if args.text is not None and args.text_column:
+        parser.error("--text-column is for --jsonl and --dataset")
+    if args.dataset is None and (args.split or args.config):
+        parser.error("--split and --config are for --dataset")
     if args.transfer_tokens and not args.transfer:
         parser.error("--transfer-tokens is for --transfer")
 
 
 def run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
-    documents = read_texts(args.text) if args.jsonl is None else read_jsonl(args.jsonl, args.text_column or "text")
+    documents = _read(args)
     if args.out is not None:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"out: cannot write {args.out}: {error.strerror}") from error
     check_folder(args.model)
-    load_lens_artifacts(args.lens)
+    if args.lens is not None:
+        load_lens_artifacts(args.lens)
     meter = ProgressBar(show, disable=args.quiet)
     with meter.shown():
         meter.say("reading the text")
-        ids = tokenize(load_tokenizer(args), documents, args.jsonl)
+        # Joined texts lose what they all begin with, and their end.
+        enough = args.tokens or float("inf")
+        if args.sequence_length is not None:
+            enough = 2 * enough + max(LONGEST, args.sequence_length)
+        ids = [*tokenized(load_tokenizer(args), documents, args.jsonl, enough)]
         meter.say("loading the model")
         model = load_model(args)
-        for document, tokens in zip(documents, ids, strict=True):
+        if args.sequence_length is not None:
+            ids = [*sequences(model, ids, args.sequence_length or None)]
+        if args.tokens is not None:
+            ids = first(ids, args.tokens)
+        for number, tokens in enumerate(ids):
             try:
                 check_length(model, len(tokens))
             except ValueError as error:
-                place = place_of(args.jsonl, document)
-                raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
+                # Sequences are checked already.
+                place = f"dataset: text {number}" if args.dataset else place_of(args.jsonl, documents[number])
+                what = str(error).removeprefix("input_ids: ")
+                raise ValueError(f"{place}: {what}; --sequence-length auto cuts texts") from error
         lens = load_lens(model, args.lens)
         start = time.perf_counter()
         with meter.counting(2 * len(layers_of(lens, len(get_transformer_layers(model)[1]))) + 1):
@@ -116,11 +153,7 @@ def run(args: argparse.Namespace) -> None:
                 memory_budget=args.memory_budget,
             )
         seconds = time.perf_counter() - start
-        drawn = args.out is not None and importlib.util.find_spec("matplotlib") is not None
-        if args.out is not None:
-            found.save(args.out / "evaluation.json")
-        if drawn:
-            draw(found, args.out / "evaluation.png")
+        written = [] if args.out is None else _write(found, args.out)
 
     if args.json:
         print_json({"model": args.model, "lens": args.lens, **found.to_dict(), "seconds": seconds})
@@ -130,8 +163,41 @@ def run(args: argparse.Namespace) -> None:
     done = f"{documents_read}, {found.positions:,} positions in {seconds:.1f} s"
     show.print(done, highlight=False, soft_wrap=True)
     if args.out is not None:
-        what = "evaluation.json and evaluation.png" if drawn else "evaluation.json, and no picture without matplotlib"
-        show.print(f"wrote {args.out}: {what}", highlight=False, markup=False, soft_wrap=True)
+        show.print(f"wrote {args.out}: {', '.join(written)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _read(args: argparse.Namespace) -> Any:
+    """The texts: documents, a list but where they are of a data set."""
+    if args.dataset is not None:
+        return read_dataset(args)
+    if args.jsonl is not None:
+        return read_jsonl(args.jsonl, args.text_column or "text", skip_empty=True)
+    return read_texts(args.text)
+
+
+def _length(text: str) -> int:
+    """A number of positions; 0 for "auto"."""
+    try:
+        return 0 if text == "auto" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or auto") from None
+
+
+def _write(found: Evaluation, out: Path) -> list[str]:
+    """Write what was measured, and say as what; what needs a package that is not there is left out."""
+    found.save(out / "evaluation.json")
+    written = ["evaluation.json"]
+    if importlib.util.find_spec("pyarrow") is None:
+        written.append("no table without pyarrow")
+    else:
+        write_table(out / "evaluation.parquet", table(found))
+        written.append("evaluation.parquet")
+    if importlib.util.find_spec("matplotlib") is None:
+        written.append("no picture without matplotlib")
+    else:
+        draw(found, out / "evaluation.png")
+        written.append("evaluation.png")
+    return written
 
 
 #: Columns of the table: heading -> whose reading, and what of it.
@@ -148,15 +214,15 @@ _COLUMNS = {
 
 def print_evaluation(console: Console, found: Evaluation) -> None:
     """A line for each layer, means with half the width of their intervals; then the transfer matrix's worst."""
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
-    table.add_column("layer", justify="right", style="dim", no_wrap=True)
+    shown = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="dim")
+    shown.add_column("layer", justify="right", style="dim", no_wrap=True)
     for heading in _COLUMNS:
-        table.add_column(heading, justify="right")
+        shown.add_column(heading, justify="right")
     for row, layer in enumerate(found.layers):
-        table.add_row(str(layer), *(_cell(getattr(found, of)[measure], row) for of, measure in _COLUMNS.values()))
+        shown.add_row(str(layer), *(_cell(getattr(found, of)[measure], row) for of, measure in _COLUMNS.values()))
     own = {"CE": "ce", "entropy": "entropy"}
-    table.add_row("output", *(_cell(found.model[own[name]], 0) if name in own else "" for name in _COLUMNS))
-    console.print(table)
+    shown.add_row("output", *(_cell(found.model[own[name]], 0) if name in own else "" for name in _COLUMNS))
+    console.print(shown)
     interval = f"± is half of the {CONFIDENCE:.0%} confidence interval over documents"
     notes = [
         f"nats; {interval if found.documents > 1 else 'one document has no confidence interval'}",

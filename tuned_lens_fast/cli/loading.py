@@ -38,6 +38,7 @@ def load_model(args: argparse.Namespace) -> Any:
     with model_errors(args.model), hidden:
         model: Any = AutoModelForCausalLM.from_pretrained(
             args.model,
+            revision=args.revision,
             gguf_file=args.gguf_file,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=args.trust_remote_code,
@@ -59,12 +60,12 @@ def load_lens(model: Any, name: str | None) -> Lens:
 def load_tokenizer(args: argparse.Namespace) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
-    trust = args.trust_remote_code
+    options: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     with model_errors(args.model):
         if args.gguf_file is None:
             # A tokenizer makes do without a config whose code may not run, and then says something else.
-            AutoConfig.from_pretrained(args.model, trust_remote_code=trust)
-        return AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file, trust_remote_code=trust)
+            AutoConfig.from_pretrained(args.model, **options)
+        return AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file, **options)
 
 
 def check_folder(name: str) -> None:

@@ -6,7 +6,6 @@ It reads and tokenises the texts, loads the model, and calls ``train``; then it 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
 import sys
 import tempfile
@@ -14,20 +13,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from tuned_lens_fast.artifacts import read_config
-from tuned_lens_fast.cli.arguments import add_model_options, byte_count, layer_numbers, positive
-from tuned_lens_fast.cli.loading import check_folder, load_model, load_tokenizer, model_errors, tokenize
+from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, layer_numbers, number, positive, whole
+from tuned_lens_fast.cli.loading import check_folder, load_model, load_tokenizer, model_errors
+from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.folder import cannot_write
 from tuned_lens_fast.data.jsonl import Document, read_jsonl
 from tuned_lens_fast.data.text_files import read_texts
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
-from tuned_lens_fast.messages import listed, quoted, shortened
+from tuned_lens_fast.messages import listed, quoted
 from tuned_lens_fast.nn import TunedLens
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.training import TrainingReport, train
@@ -47,16 +45,19 @@ from tuned_lens_fast.training.report import mean, span, thirds
 
 #: Pieces that text files are cut into where there are fewer documents, so that some can be held out.
 _PIECES = 20
-#: Documents that are tokenised at once.
-_AT_ONCE = 1000
 
 
 def add(command: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    command.usage = "%(prog)s MODEL (--jsonl FILE | --text FILE ... | --dataset NAME) --out FOLDER [OPTION ...]"
+    command.epilog = (
+        "for example: tuned-lens-fast train gpt2 --text book.txt --out lens --steps 50 --tokens-per-step 8192"
+    )
     command.description = (
         "Train a tuned lens of MODEL on texts and write it to a folder. Name the texts (--jsonl, --text or "
         "--dataset) and the folder (--out); how long it takes and how good it gets follows from --steps and "
-        "--tokens-per-step. All else has defaults. The same command resumes a run that was stopped."
+        "--tokens-per-step. All else has defaults. The same command resumes a run that was stopped. "
+        f"{ALSO}"
     )
     command.set_defaults(run=run, check=check, resumes=_resumes)
     command.add_argument("model", metavar="MODEL", help="a local folder, or a model's id on the hub")
@@ -73,15 +74,18 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     first.add_argument("--dataset", metavar="NAME", help="the texts, a data set of the hub or a folder; needs datasets")
     first.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the lens is written")
-    first.add_argument("--steps", type=positive, default=STEPS, metavar="N", help="of the optimiser (default: 250)")
+    first.add_argument("--steps", type=positive, default=STEPS, metavar="N", help="of training (default: 250)")
     first.add_argument(
-        "--tokens-per-step", type=positive, default=TOKENS_PER_STEP, metavar="N", help="(default: 262,144)"
+        "--tokens-per-step",
+        type=positive,
+        default=TOKENS_PER_STEP,
+        metavar="N",
+        help="that a step reads (default: 262,144); texts that are used up come again, in another order",
     )
 
     text = command.add_argument_group("the texts")
     text.add_argument("--text-column", metavar="NAME", help="of --jsonl or --dataset (default: text)")
-    text.add_argument("--split", metavar="NAME", help="of --dataset (default: train)")
-    text.add_argument("--config", metavar="NAME", help="of --dataset, where it has several")
+    add_dataset_options(text)
     text.add_argument(
         "--held-out",
         metavar="SHARE_OR_FILE",
@@ -97,14 +101,27 @@ def add(command: argparse.ArgumentParser) -> None:
 
     lens = command.add_argument_group("the lens")
     lens.add_argument("--lens", metavar="FOLDER_OR_ID", help="go on from this tuned lens")
-    lens.add_argument("--loss", choices=LOSSES, default="kl", help="from the model's output, or of next tokens")
+    lens.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="kl",
+        help="kl: the divergence from the model's output; ce: the cross-entropy of the next token (default: kl)",
+    )
     lens.add_argument(
         "--init", choices=INITS, help="where training starts (default: ridge regression; with --lens what it has)"
     )
-    lens.add_argument("--init-tokens", type=positive, default=INIT_TOKENS, metavar="N", help="(default: 65,536)")
-    lens.add_argument("--layers", type=layer_numbers, help='such as "0,5,10-20"; the rest stays (default: all)')
-    lens.add_argument("--rank", type=positive, metavar="R", help="of each layer's matrix (default: full)")
-    lens.add_argument("--bias-only", action="store_true", help="train no matrices")
+    lens.add_argument(
+        "--init-tokens",
+        type=positive,
+        default=INIT_TOKENS,
+        metavar="N",
+        help="that the ridge regression reads (default: 65,536)",
+    )
+    lens.add_argument(
+        "--layers", type=layer_numbers, help='to train, such as "0,5,10-20"; the rest stays (default: all)'
+    )
+    lens.add_argument("--rank", type=positive, metavar="R", help="that each layer's matrix is held to (default: full)")
+    lens.add_argument("--bias-only", action="store_true", help="train biases and no matrices")
 
     optimizer = command.add_argument_group("the optimiser")
     optimizer.add_argument(
@@ -115,26 +132,57 @@ def add(command: argparse.ArgumentParser) -> None:
         + f" (default: {DEFAULT_OPTIMIZER})",
     )
     rates = ", ".join(f"{name} {recipe.learning_rate:g}" for name, recipe in RECIPES.items())
-    optimizer.add_argument("--learning-rate", type=_number, metavar="X", help=f"(default: {rates})")
-    optimizer.add_argument("--schedule", choices=[*SCHEDULES], default="linear", help="(default: linear, to 0)")
-    optimizer.add_argument("--warmup", type=_whole, metavar="N", help="steps (default: 0, for adam a fifth)")
-    decays = ", ".join(f"{name} {recipe.weight_decay:g}" for name, recipe in RECIPES.items())
-    optimizer.add_argument("--weight-decay", type=_number, metavar="X", help=f"(default: {decays})")
+    optimizer.add_argument("--learning-rate", type=number, metavar="X", help=f"(default: {rates})")
     optimizer.add_argument(
-        "--clip", type=_number, default=1.0, metavar="X", help="norm that gradients are cut to, 0 for none (default: 1)"
+        "--schedule",
+        choices=[*SCHEDULES],
+        default="linear",
+        help="of the learning rate behind the warmup (default: linear, to 0)",
+    )
+    optimizer.add_argument(
+        "--warmup",
+        type=whole,
+        metavar="N",
+        help="steps in which the learning rate rises (default: 0, for adam a fifth of all, at most 1,000)",
+    )
+    decays = ", ".join(f"{name} {recipe.weight_decay:g}" for name, recipe in RECIPES.items())
+    optimizer.add_argument("--weight-decay", type=number, metavar="X", help=f"(default: {decays})")
+    optimizer.add_argument(
+        "--clip", type=number, default=1.0, metavar="X", help="norm that gradients are cut to, 0 for none (default: 1)"
     )
 
     work = command.add_argument_group("how it runs")
-    work.add_argument("--eval-every", type=positive, default=EVAL_EVERY, metavar="N", help="steps (default: 50)")
     work.add_argument(
-        "--eval-tokens", type=positive, metavar="N", help="(default: as many as a step has, at most 16,384)"
+        "--eval-every",
+        type=positive,
+        default=EVAL_EVERY,
+        metavar="N",
+        help="steps from one measurement on what is held out to the next (default: 50)",
     )
     work.add_argument(
-        "--checkpoint-every", type=positive, default=CHECKPOINT_EVERY, metavar="N", help="steps (default: 25)"
+        "--eval-tokens",
+        type=positive,
+        metavar="N",
+        help="that are measured on, if as many are held out (default: as many as a step has, at most 16,384)",
+    )
+    work.add_argument(
+        "--checkpoint-every",
+        type=positive,
+        default=CHECKPOINT_EVERY,
+        metavar="N",
+        help="steps that a stopped run loses at most (default: 25)",
     )
     work.add_argument("--no-resume", action="store_true", help="refuse a folder that has a run in it")
-    work.add_argument("--seed", type=_whole, default=0, metavar="N", help="(default: 0)")
-    work.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
+    work.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="of what is held out and of the order of the texts (default: 0)",
+    )
+    work.add_argument(
+        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
+    )
     work.add_argument(
         "--memory-budget",
         type=byte_count,
@@ -186,12 +234,12 @@ def run(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args)
         # As many documents as the steps have use for once.
         enough = args.steps * args.tokens_per_step / (1 - (share or 0)) + args.tokens_per_step
-        ids = [*_tokenized(tokenizer, texts, args.jsonl, enough)]
-        held_out: Any = share if others is None else [*_tokenized(tokenizer, others, args.jsonl, float("inf"))]
+        ids = [*tokenized(tokenizer, texts, args.jsonl, enough)]
+        held_out: Any = share if others is None else [*tokenized(tokenizer, others, args.jsonl, float("inf"))]
         meter.say("loading the model")
         model = load_model(args)
         if args.lens is None:
-            lens = TunedLens.from_model(model)
+            lens = TunedLens.from_model(model, None if args.revision == "main" else args.revision)
         else:
             lens = TunedLens.from_model_and_pretrained(model, args.lens).to(model.device)
     report = train(
@@ -238,8 +286,9 @@ def run(args: argparse.Namespace) -> None:
             soft_wrap=True,
         )
     show.print(f"wrote {args.out}; read with it:", highlight=False, markup=False, soft_wrap=True)
-    gguf = ["--gguf-file", args.gguf_file] if args.gguf_file else []
-    line = shlex.join(["tuned-lens-fast", "decode", args.model, *gguf, "--lens", str(args.out)])
+    options = ["--gguf-file", args.gguf_file] if args.gguf_file else []
+    options += ["--revision", args.revision] if args.revision != "main" else []
+    line = shlex.join(["tuned-lens-fast", "decode", args.model, *options, "--lens", str(args.out)])
     show.print(f'{line} "..."', highlight=False, markup=False, soft_wrap=True)
 
 
@@ -275,7 +324,9 @@ def _check_lens(args: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     with model_errors(args.model):
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
     of_model = getattr(config.get_text_config(), "hidden_size", width)
     if width % of_model:  # a lens of several residual streams is as wide as all of them
         raise ValueError(
@@ -285,15 +336,15 @@ def _check_lens(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> Iterable[Document]:
     if args.dataset is not None:
-        return _of_dataset(args)
+        return read_dataset(args)
     if args.jsonl is not None:
-        return read_jsonl(args.jsonl, args.text_column or "text")
+        return read_jsonl(args.jsonl, args.text_column or "text", skip_empty=True)
     return _of_files(args.text)
 
 
 def _read_file(args: argparse.Namespace, path: Path) -> Iterable[Document]:
     """What is held out, as the texts are read."""
-    return _of_files([path]) if args.jsonl is None else read_jsonl(path, args.text_column or "text")
+    return _of_files([path]) if args.jsonl is None else read_jsonl(path, args.text_column or "text", skip_empty=True)
 
 
 def _of_files(paths: list[Path]) -> list[Document]:
@@ -316,85 +367,9 @@ def _cut(text: str, size: int) -> Iterator[str]:
         start = end
 
 
-def _of_dataset(args: argparse.Namespace) -> Iterator[Document]:
-    if importlib.util.find_spec("datasets") is None:
-        raise ModuleNotFoundError("dataset: needs datasets: pip install datasets")
-    import datasets
-
-    name, split, column = args.dataset, args.split or "train", args.text_column or "text"
-    if not args.debug:
-        datasets.disable_progress_bars()
-    try:
-        # What `save_to_disk` wrote is read by another function than all else.
-        if any((Path(name) / kept).is_file() for kept in ("state.json", "dataset_dict.json")):
-            rows: Any = datasets.load_from_disk(name)
-            if isinstance(rows, datasets.DatasetDict):
-                rows = rows[split]
-        else:
-            rows = datasets.load_dataset(name, args.config, split=split)
-    except Exception as error:  # whatever it makes of a name
-        raise ValueError(
-            f"dataset: cannot load {quoted(name, 150)}, split {quoted(split)}: {shortened(error)}"
-        ) from error
-    if column not in rows.column_names:
-        raise ValueError(
-            f"dataset: {quoted(name, 150)} has no column {quoted(column)}, there are {listed(rows.column_names)}"
-        )
-    return _column(rows, column, name)
-
-
-def _column(rows: Any, column: str, name: str) -> Iterator[Document]:
-    for number, row in enumerate(rows.select_columns([column])):
-        if not isinstance(row[column], str):
-            raise ValueError(
-                f"dataset: {quoted(column)} of row {number} of {quoted(name, 150)} is {type(row[column]).__name__}, "
-                f"wanted text"
-            )
-        if row[column].strip():
-            yield Document(None, None, row[column])
-
-
-def _tokenized(tokenizer: Any, texts: Iterable[Document], jsonl: Path | None, enough: float) -> Iterator[Tensor]:
-    """Token ids of as many texts as have ``enough`` tokens, int32."""
-    waiting: list[Document] = []
-    tokens = 0
-
-    def several() -> Iterator[list[Document]]:
-        for document in texts:
-            waiting.append(document)
-            if len(waiting) == _AT_ONCE:
-                yield waiting
-                waiting.clear()
-        if waiting:
-            yield waiting
-
-    for batch in several():
-        for ids in tokenize(tokenizer, batch, jsonl):
-            tokens += len(ids)
-            yield ids.to(torch.int32)
-        if tokens >= enough:
-            return
-    if not tokens:
-        raise ValueError("dataset: there is no text in it")
-
-
 def _share(text: str | float) -> float | None:
     """The number that ``--held-out`` is; None where it names a file."""
     try:
         return float(text)
     except ValueError:
         return None
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {quoted(text)}, wanted a number from 0")
-    return value
-
-
-def _whole(text: str) -> int:
-    return 0 if text == "0" else positive(text)

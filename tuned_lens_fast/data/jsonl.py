@@ -15,8 +15,10 @@ class Document(NamedTuple):
     text: str
 
 
-def read_jsonl(path: Path, text_column: str, id_column: str | None = None) -> list[Document]:
-    """Every document of ``path``, an object a line; blank lines are passed over.
+def read_jsonl(
+    path: Path, text_column: str, id_column: str | None = None, *, skip_empty: bool = False
+) -> list[Document]:
+    """Every document of ``path``, an object a line; blank lines are passed over, with ``skip_empty`` blank texts too.
 
     Raises:
         ValueError: the first line that is no JSON object in UTF-8, lacks a column, has a text that is no string or
@@ -32,7 +34,7 @@ def read_jsonl(path: Path, text_column: str, id_column: str | None = None) -> li
                 if not line.strip():
                     continue
                 try:
-                    document = _document(number, line, text_column, id_column)
+                    document = _document(number, line, text_column, id_column, skip_empty)
                     before = documents[0].id if documents else document.id
                     if type(document.id) is not type(before):
                         raise ValueError(f"{quoted(id_column)} is {_kind(document.id)}, {_kind(before)} before")
@@ -42,15 +44,16 @@ def read_jsonl(path: Path, text_column: str, id_column: str | None = None) -> li
                         )
                 except ValueError as error:
                     raise ValueError(f"jsonl: {path}, line {number}: {error}") from error
-                documents.append(document)
+                if document.text.strip() or not skip_empty:
+                    documents.append(document)
     except OSError as error:
         raise OSError(f"jsonl: cannot read {path}: {error.strerror}") from error
     if not documents:
-        raise ValueError(f"jsonl: {path} has no documents")
+        raise ValueError(f"jsonl: {path} has no documents{' but empty ones' if skip_empty else ''}")
     return documents
 
 
-def _document(number: int, line: bytes, text_column: str, id_column: str | None) -> Document:
+def _document(number: int, line: bytes, text_column: str, id_column: str | None, empty: bool) -> Document:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -65,7 +68,7 @@ def _document(number: int, line: bytes, text_column: str, id_column: str | None)
     text = _column(row, text_column)
     if not isinstance(text, str):
         raise ValueError(f"{quoted(text_column)} is {_kind(text)}, wanted a string")
-    if not text:
+    if not text and not empty:
         raise ValueError(f"{quoted(text_column)} is empty, so there is nothing to decode")
     _check_unicode(text_column, text)
     if id_column is None:

@@ -44,8 +44,7 @@ def prepare(
 ) -> Text:
     """Check documents and cut them into sequences; arguments and errors are those of ``train``."""
     if length is None:
-        learned = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-        length = min(LONGEST, learned, max(2, tokens_per_step))
+        length = min(usual_length(model), max(2, tokens_per_step))
     _check_length(model, length)
     if tokens_per_step < length:
         raise ValueError(f"tokens_per_step: got {tokens_per_step}, less than one sequence of {length}")
@@ -78,6 +77,29 @@ def prepare(
         raise ValueError("held_out: a single token, wanted at least two")
     hashes = {"documents": fingerprint.of_tensors(own), "held-out documents": fingerprint.of_tensors(others)}
     return Text(training, measured, between, share, hashes)
+
+
+def usual_length(model: Any) -> int:
+    """Positions of a sequence where the caller names none."""
+    learned = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    return min(LONGEST, learned)
+
+
+def sequences(model: Any, documents: Iterable[Tensor | Sequence[int]], length: int | None) -> Tensor:
+    """Documents as ``train`` joins and cuts them when nothing else is asked for, int32 ``[sequences, length]``.
+
+    Raises:
+        ValueError, IndexError, TypeError: ``length`` or the documents are not what they should be, or the documents
+            are shorter than one sequence.
+    """
+    if length is None:
+        length = usual_length(model)
+    _check_length(model, length)
+    held = check_documents(model, documents)
+    found = join(held, length, special_token(model, "eos_token_id"), start_token(model, held))
+    if not len(found):
+        raise ValueError(f"documents: {sum(map(len, held)):,} tokens, fewer than one sequence of {length:,}")
+    return found
 
 
 def _check_length(model: Any, length: int) -> None:

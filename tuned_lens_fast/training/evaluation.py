@@ -2,7 +2,7 @@
 
 ``evaluate`` runs the model over documents once, reads the hidden states of every layer with the lens and with the logit
 lens, and keeps sums. No logits are ever written, and memory does not grow with the text. ``save`` writes what was
-measured, ``draw`` a picture of it.
+measured, ``table`` has it as rows, ``draw`` a picture of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import Prepared, prepare
 from tuned_lens_fast.validation import check_documents, check_model
+
+if TYPE_CHECKING:
+    import pyarrow
 
 #: What is measured of every layer: name -> meaning.
 MEASURES = {
@@ -137,7 +140,7 @@ def evaluate(
     options: dict[str, Any] = {"chunk": chunk, "engine": engine, "memory_budget": memory_budget}
     work = _Work(model, lens, held, {"stats": ("kl", "log_prob", "entropy"), "top_k": 1, **options})
     layers = len(work.numbers)
-    some = _first(held, transfer_tokens)
+    some = first(held, transfer_tokens)
     others = _Work(model, lens, some, {"stats": ("kl",), "targets": None, **options}) if some else None
     progress.expect((2 * layers + 1) * work.positions + (layers**2 * others.positions if others else 0))
 
@@ -149,6 +152,39 @@ def evaluate(
     left_out = {reading: sum_.left_out.tolist() for reading, sum_ in sums.items()}
     positions = sum(map(len, held))
     return Evaluation(len(held), positions, work.numbers, **found, left_out=left_out, transfer=matrix)
+
+
+def table(evaluation: Evaluation) -> pyarrow.Table:
+    """A row for each layer, lens and measure, and last those of the model's own output, whose layer is null.
+
+    Columns: "layer", int64; "lens", one of "lens", "logit_lens" and "model"; "measure", see :data:`MEASURES`; "mean",
+    "low" and "high", float64, null for what is not finite; "documents", all of them; "positions", those of the layer
+    that were not left out.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+    """
+    import pyarrow
+
+    layers: list[int | None] = [*evaluation.layers]
+    readings: tuple[tuple[str, list[int | None]], ...] = (("lens", layers), ("logit_lens", layers), ("model", [None]))
+    rows = [
+        {
+            "layer": layer,
+            "lens": reading,
+            "measure": measure,
+            **{name: values[row] for name, values in _finite(asdict(means)).items()},
+            "documents": evaluation.documents,
+            "positions": evaluation.positions - evaluation.left_out[reading][row],
+        }
+        for reading, numbers in readings
+        for row, layer in enumerate(numbers)
+        for measure, means in getattr(evaluation, reading).items()
+    ]
+    number, text = pyarrow.float64(), pyarrow.string()
+    types = {"layer": pyarrow.int64(), "lens": text, "measure": text, "mean": number, "low": number, "high": number}
+    schema = pyarrow.schema([*types.items(), ("documents", pyarrow.int64()), ("positions", pyarrow.int64())])
+    return pyarrow.Table.from_pylist(rows, schema)
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
@@ -255,7 +291,7 @@ class _Work:
             yield batch, self._prepared(batch)
 
 
-def _first(documents: Sequence[Tensor], positions: int) -> list[Tensor]:
+def first(documents: Sequence[Tensor], positions: int) -> list[Tensor]:
     """The first documents, the last of them cut, so that they have ``positions`` or all there are."""
     found = []
     for document in documents:

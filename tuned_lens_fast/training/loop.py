@@ -411,11 +411,14 @@ class _Run:
         self.losses.append(losses.cpu())
 
     def _check_skips(self) -> None:
-        """Stop where a layer has skipped many steps in a row."""
-        stuck = [n for n, row in zip(self.reader.numbers, self.in_row.tolist(), strict=True) if row >= _MOST_SKIPPED]
+        """Stop where a layer has skipped many steps in a row, or all layers have skipped all of a short run."""
+        rows, most = self.in_row.tolist(), _MOST_SKIPPED
+        if min(rows) == self.arguments["steps"]:
+            most = min(rows[0], most)
+        stuck = [number for number, row in zip(self.reader.numbers, rows, strict=True) if row >= most]
         if stuck:
             raise FloatingPointError(
-                f"layers: in {_MOST_SKIPPED} steps in a row, up to step {self.step - 1}, the loss or gradient of "
+                f"layers: in {most} steps in a row, up to step {self.step - 1}, the loss or gradient of "
                 f"{'layer' if len(stuck) == 1 else 'layers'} {listed(stuck, 8)} was not finite; use a lower "
                 f"learning_rate, a model in bfloat16 or float32, or leave them out of layers"
             )
