@@ -179,7 +179,7 @@ def test_sgd_takes_the_steps_of_tuned_lens(model, loss):
     training, _ = texts.split(texts_of(held), loop.HELD_OUT, 3)
     sequences = texts.join(training, 32, model.config.eos_token_id, None)
     wanted, losses = their_step(model, given, sequences, asked, loss)
-    lens, found = trained(model, lens=given, init="lens", loss=loss, eval_every=100, **asked)
+    lens, found = trained(model, lens=given, init="lens", optimizer="sgd", loss=loss, eval_every=100, **asked)
     torch.testing.assert_close(parameters(lens), wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.tensor(found.losses), losses, atol=1e-4, rtol=1e-5)
     assert (wanted - parameters(random_lens(model))).abs().max() > 1e-3
@@ -544,7 +544,7 @@ def test_a_finished_run_is_not_trained_again(model, undisturbed, tmp_path):
     [
         ({"seed": 1}, "documents, another held-out documents, another seed"),
         ({"steps": 7}, r"steps \(5 there, 7 here\)"),
-        ({"learning_rate": 0.5}, r"learning_rate \(1.0 there, 0.5 here\)"),
+        ({"learning_rate": 0.5}, r"learning_rate \(0.001 there, 0.5 here\)"),
         ({"documents": [torch.arange(200), torch.arange(70)]}, "documents"),
         ({"init": "lens"}, "lens"),
     ],

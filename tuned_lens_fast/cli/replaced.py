@@ -240,9 +240,10 @@ def _words(parser: Parser, flags: dict[str, Flag], given: dict[str, Any]) -> lis
 
 
 def _of_train(given: dict[str, Any]) -> list[str]:
-    """Where its training is not ours: it starts at the logit lens and measures nothing on its way."""
+    """Where its training is not ours: it starts at the logit lens, with SGD, and measures nothing on its way."""
     words = [] if "lens_name_or_path" in given else ["--init", "zero"]
     words += [] if "seed" in given else ["--seed", "42"]
+    words += [] if "opt.optimizer" in given else ["--optimizer", "sgd"]
     if "opt.lr_scale" in given:
         recipe = RECIPES[given.get("opt.optimizer", "sgd")]
         words += ["--learning-rate", repr(given["opt.lr_scale"] * recipe.learning_rate)]
