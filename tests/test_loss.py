@@ -228,6 +228,16 @@ def test_nothing_to_learn_from(engine):
     assert loss(lens, torch.empty(0, 5, 24), reference=torch.zeros(5, 24), layers=[], engine=engine).shape == (0,)
 
 
+def test_what_has_no_target_may_be_anything(engine):
+    """Padding's states, a NaN too, reach neither loss nor gradient."""
+    lens, hidden, _, targets = problem()
+    inputs = [p.requires_grad_() for p in parameters(lens)]
+    wanted = torch.autograd.grad(loss(lens, hidden, targets=targets, engine=engine).sum(), inputs)
+    hidden[0][1] = math.nan
+    found = torch.autograd.grad(loss(lens, hidden, targets=targets, engine=engine).sum(), inputs)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
 def test_a_bad_layer_stays_alone(engine):
     """A NaN in a layer's hidden states is in its loss and its gradients, and in no other's, bit for bit."""
     lens, hidden, reference, _ = problem()
@@ -254,7 +264,10 @@ def test_shapes_and_strides(engine):
     torch.testing.assert_close(lens.loss(states, targets=targets, engine=engine), rows.flatten(1).mean(1))
     # As users take the last position off: no view [positions, d_model].
     targets[0] = -100
-    cut = lens.loss(states[:, :, :-1], targets=targets[:, 1:], engine=engine)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        cut = lens.loss(states[:, :, :-1], targets=targets[:, 1:], engine=engine)
+    assert sum(tensor.ndim == 2 for tensor in kept) == LAYERS, "one gradient a translator, whatever lies apart"
     want = lens.loss(states[:, :, :-1].contiguous(), targets=targets[:, 1:], engine=engine)
     torch.testing.assert_close(cut, want)
     cut.sum().backward()

@@ -7,7 +7,7 @@ way back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import ENGINES, choose, operators
-from tuned_lens_fast.engines.decoding import Engine
-from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Norm, Readout, Translator
 from tuned_lens_fast.engines.losses import Derivative, gradient_dtype, losses, question
-from tuned_lens_fast.engines.tiling import flattens
 from tuned_lens_fast.reading import is_affine, readout_of, transformed
 from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
 
@@ -54,7 +52,9 @@ def loss(
         reduction: "mean" over the positions that have a target, or all; "none" for the loss of each, 0 where there is
             no target.
         engine: "auto", or one of :func:`tuned_lens_fast.engines`.
-        memory_budget: bytes of scratch beyond inputs, results and the gradients of both; 256 MiB if None.
+        memory_budget: bytes of scratch beyond inputs, results and the gradients of both; 256 MiB if None. A final norm
+            that no formula of this package is, and a lens that is no affine map, are left to PyTorch to differentiate,
+            beyond the budget.
 
     Returns:
         fp32 ``[L]``; with "none" ``[L, ...]``. The mean over no positions is NaN.
@@ -88,42 +88,21 @@ def loss(
         if query.targets is not None:
             counted = (query.targets != NO_TARGET).sum()
         shares = counted.clamp(min=1).float().reciprocal().reshape(1, 1)
-    found = [_loss_of_rows(rows, readout, part, shares, chosen, budget) for rows, part in _flat_pieces(hidden, query)]
-    if counted is None:
-        return torch.cat(found, 1).reshape(len(hidden), *lead)
-    return torch.where(counted > 0, torch.stack(found).sum(0), torch.nan)
-
-
-def _flat_pieces(entries: Sequence[Tensor], query: Query) -> Iterator[tuple[list[Tensor], Query]]:
-    """Entries ``[..., width]`` as rows ``[positions, width]``, which are views, and the question about these.
-
-    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
-    """
-    if all(map(flattens, entries)):
-        yield [entry.reshape(-1, entry.shape[-1]) for entry in entries], query
-        return
-    at_once = entries[0][0].numel() // entries[0].shape[-1]
-    for i in range(entries[0].shape[0]):
-        yield from _flat_pieces([entry[i] for entry in entries], query.at(slice(i * at_once, (i + 1) * at_once)))
-
-
-def _loss_of_rows(
-    rows: Sequence[Tensor], readout: Readout, query: Query, shares: Tensor | None, engine: Engine, budget: int
-) -> Tensor:
-    """The losses of rows ``[positions, width]``: ``[L, positions]``, or times ``shares`` and added up, ``[L]``."""
-    norm, head = readout.norm, readout.head
     if norm.kind == "module":
         # An operator takes no modules: what is before the head is PyTorch's to differentiate.
-        rows = [_at_head(h, translator, norm, head) for h, translator in zip(rows, readout.translators, strict=True)]
-        readout = Readout((None,) * len(rows), Norm("identity"), head)
-    flat = operators.flat(rows, readout, question(query.targets, query.reference))
+        hidden = [
+            _at_head(h, translator, norm, head) for h, translator in zip(hidden, readout.translators, strict=True)
+        ]
+        readout = Readout((None,) * len(hidden), Norm("identity"), head)
+    flat = operators.flat(hidden, readout, question(query.targets, query.reference))
     # Without an average to be taken, what each row counts for is not known before the backward call.
-    now = [shares is not None and torch.is_grad_enabled() and any(t.requires_grad for t in group) for group in flat[:3]]
-    return torch.ops.tuned_lens_fast.lens_loss(*flat, shares, shares is not None, *now, engine.name, budget)[0]
+    now = [mean and torch.is_grad_enabled() and any(t.requires_grad for t in group) for group in flat[:3]]
+    found = torch.ops.tuned_lens_fast.lens_loss(*flat, shares, mean, *now, chosen.name, budget)[0]
+    return found.reshape(len(hidden), *lead) if counted is None else torch.where(counted > 0, found, torch.nan)
 
 
 def _at_head(h: Tensor, translator: Translator | None, norm: Norm, head: Head) -> Tensor:
-    """norm(h + A h + c) of rows ``[positions, width]`` in the head's dtype, differentiable."""
+    """norm(h + A h + c) of states ``[..., width]`` in the head's dtype, differentiable."""
     r = h.to(torch.promote_types(torch.float32, h.dtype))
     if translator is not None:
         bias = None if translator.bias is None else translator.bias.to(r.dtype)
@@ -141,7 +120,7 @@ def _lens_loss(*flat: Any) -> list[Tensor]:
     derivative = None
     if of_hidden or of_weights or of_biases:
         derivative = Derivative(shares, of_weights, of_biases, of_hidden)
-    if not hidden or not hidden[0].shape[0]:
+    if not hidden or not hidden[0].numel():
         rows = torch.empty(len(hidden), 0, device=readout.head.weight.device)
         gradients = [like.zero_() for like in _differentiated(hidden, readout, derivative)]
     else:
@@ -186,13 +165,15 @@ _LIBRARY.impl("lens_loss", _lens_loss, "CompositeExplicitAutograd")
 def _shapes(*flat: Any) -> list[Tensor]:
     hidden, readout, _, _, add_up, of_hidden, of_weights, of_biases, _, _ = operators.bundled(*flat)
     weight = readout.head.weight
-    rows = weight.new_empty(len(hidden), hidden[0].shape[0] if hidden else 0, dtype=torch.float32)
+    positions = hidden[0].shape[:-1].numel() if hidden else 0
+    rows = weight.new_empty(len(hidden), positions, dtype=torch.float32)
     derivative = Derivative(weight, of_weights, of_biases, of_hidden)
     return [rows.sum(1) if add_up else rows, *_differentiated(hidden, readout, derivative)]
 
 
 def _save(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
     """Gradients, where they are there; else all that came, for a second walk."""
+    ctx.set_materialize_grads(False)  # which would be zeros as large as the gradients that are saved
     ctx.hidden_dtypes, ctx.weight_dtypes, ctx.bias_dtypes = ([t.dtype for t in group] for group in inputs[:3])
     ctx.translated, ctx.biased = inputs[3:5]
     # For what cannot be differentiated autograd wants None, or as many of them as a list has entries.
@@ -217,7 +198,7 @@ def _backward(ctx: Any, upstream: list[Tensor | None]) -> tuple:
             "loss: it has no second derivative; call backward() or torch.autograd.grad() without create_graph=True"
         )
     slope = upstream[0]
-    assert slope is not None
+    assert slope is not None  # nothing else has a derivative
     if ctx.added_up:
         gradients = iter(ctx.saved_tensors)
     else:

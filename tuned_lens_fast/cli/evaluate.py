@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=args.out):
+                pass
         except OSError as error:
             raise OSError(f"out: cannot write {args.out}: {error.strerror}") from error
     check_folder(args.model)
@@ -153,7 +156,6 @@ def run(args: argparse.Namespace) -> None:
                 memory_budget=args.memory_budget,
             )
         seconds = time.perf_counter() - start
-        written = [] if args.out is None else _write(found, args.out)
 
     if args.json:
         print_json({"model": args.model, "lens": args.lens, **found.to_dict(), "seconds": seconds})
@@ -163,6 +165,10 @@ def run(args: argparse.Namespace) -> None:
     done = f"{documents_read}, {found.positions:,} positions in {seconds:.1f} s"
     show.print(done, highlight=False, soft_wrap=True)
     if args.out is not None:
+        try:
+            written = _write(found, args.out)
+        except OSError as error:
+            raise OSError(f"out: cannot write {args.out}: {error.strerror or error}") from error
         show.print(f"wrote {args.out}: {', '.join(written)}", highlight=False, markup=False, soft_wrap=True)
 
 

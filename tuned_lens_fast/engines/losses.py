@@ -14,6 +14,7 @@ before the next chunk, and no more than the parameters' gradients outlives the l
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from tuned_lens_fast.engines.decoding import Engine, Reference
 from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query, Readout, Tiling
 from tuned_lens_fast.engines.state import State, Wanted
 from tuned_lens_fast.engines.statistics import LOG_FLOOR
-from tuned_lens_fast.engines.tiling import slices
+from tuned_lens_fast.engines.tiling import flattens, slices
 from tuned_lens_fast.progress import report
 
 
@@ -44,7 +45,7 @@ class Losses:
     rows: Tensor  #: fp32 [layers, positions], nats; 0 where there is no target
     weights: list[Tensor | None]  #: fp32 [width, width] of each layer
     biases: list[Tensor | None]  #: fp32 [width]
-    hidden: list[Tensor | None]  #: [positions, width], see :func:`gradient_dtype`
+    hidden: list[Tensor | None]  #: [..., width], see :func:`gradient_dtype`
 
 
 def question(targets: Tensor | None, reference: Tensor | None) -> Query:
@@ -69,7 +70,8 @@ def losses(
     """The losses of L layers at P positions, at least one of each, and their gradients.
 
     Args:
-        hidden, readout: see :meth:`Engine.decode`; of norms, those that are no modules.
+        hidden: L tensors ``[..., width]`` of one floating dtype on the head's device; views are fine.
+        readout: with a translator for every entry of ``hidden``; of norms, those that are no modules.
         query: of :func:`question`.
         derivative: None for the losses alone, at half the price.
         memory_budget: bytes of scratch beyond the inputs and the answer.
@@ -77,10 +79,10 @@ def losses(
     Raises:
         BudgetError: see :meth:`Engine.plan`.
     """
-    norm, head = readout.norm, readout.head
-    layers, positions = len(hidden), hidden[0].shape[0]
-    rows = torch.empty(layers, positions, dtype=torch.float32, device=head.weight.device)
+    layers, positions = len(hidden), hidden[0].shape[:-1].numel()
+    rows = torch.empty(layers, positions, dtype=torch.float32, device=readout.head.weight.device)
     found = Losses(rows, [None] * layers, [None] * layers, [None] * layers)
+    shares = None
     if derivative is not None:
         shares = derivative.shares.expand(layers, positions)
         for i, (h, translator) in enumerate(zip(hidden, readout.translators, strict=True)):
@@ -89,27 +91,64 @@ def losses(
             if translator is not None and translator.bias is not None and derivative.biases:
                 found.biases[i] = rows.new_zeros(translator.bias.shape)
             if derivative.hidden:
-                found.hidden[i] = torch.empty_like(h, dtype=gradient_dtype(h), memory_format=torch.contiguous_format)
-    tiling = engine.plan(positions, hidden[0].dtype, readout, query, memory_budget, derivative is not None)
+                found.hidden[i] = torch.empty(positions, h.shape[-1], dtype=gradient_dtype(h), device=h.device)
+    start = 0
+    for piece, part in _flat_pieces(hidden, query):
+        at = slice(start, start + piece[0].shape[0])
+        own = Losses(rows[:, at], found.weights, found.biases, [g if g is None else g[at] for g in found.hidden])
+        _walk(engine, piece, readout, part, None if shares is None else shares[:, at], memory_budget, own)
+        start = at.stop
+    found.hidden = [g if g is None else g.view(h.shape) for g, h in zip(found.hidden, hidden, strict=True)]
+    return found
+
+
+def _flat_pieces(entries: Sequence[Tensor], query: Query) -> Iterator[tuple[list[Tensor], Query]]:
+    """Entries ``[..., width]`` as rows ``[positions, width]``, which are views, and the question about these.
+
+    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
+    """
+    if all(map(flattens, entries)):
+        yield [entry.reshape(-1, entry.shape[-1]) for entry in entries], query
+        return
+    at_once = entries[0][0].numel() // entries[0].shape[-1]
+    for i in range(entries[0].shape[0]):
+        yield from _flat_pieces([entry[i] for entry in entries], query.at(slice(i * at_once, (i + 1) * at_once)))
+
+
+def _walk(
+    engine: Engine,
+    hidden: list[Tensor],
+    readout: Readout,
+    query: Query,
+    shares: Tensor | None,
+    memory_budget: int,
+    found: Losses,
+) -> None:
+    """Put the losses of rows ``[positions, width]`` in ``found``, and with ``shares`` add up their gradients there."""
+    norm, head = readout.norm, readout.head
+    layers, positions = len(hidden), hidden[0].shape[0]
+    tiling = engine.plan(positions, hidden[0].dtype, readout, query, memory_budget, shares is not None)
     for p in slices(positions, tiling.positions):
         part = query.at(p)
+        # What is not learned from may be anything, a NaN too.
+        none = None if part.targets is None else (part.targets == NO_TARGET).unsqueeze(1)
         reference = None  # before the next one takes its place
         if part.reference is not None:
             reference = engine.reference(part, head, tiling)
         for group in slices(layers, tiling.layers):
-            residual = engine.residual([h[p] for h in hidden[group]], readout.translators[group], tiling)
+            entering = [h[p] if none is None else h[p].masked_fill(none, 1.0) for h in hidden[group]]
+            residual = engine.residual(entering, readout.translators[group], tiling)
             x = engine.normed(residual, norm, head)
-            loss, slope = _loss(engine, x, head, part, reference, derivative is not None, tiling)
-            rows[group, p] = loss.unflatten(0, (-1, p.stop - p.start))
+            loss, slope = _loss(engine, x, head, part, reference, shares is not None, tiling)
+            found.rows[group, p] = loss.unflatten(0, (-1, p.stop - p.start))
             report(x.shape[0])
             del x, loss
-            if slope is not None:
+            if slope is not None and shares is not None:
                 slope *= shares[group, p].reshape(-1, 1)
                 slope = through_norm(norm, residual, slope).unflatten(0, (-1, p.stop - p.start))
-                for i, of_row in enumerate(slope, group.start):
-                    _add(found, i, p, hidden[i][p], readout, of_row)
-            del residual, slope
-    return found
+                for i, (h, of_row) in enumerate(zip(entering, slope, strict=True), group.start):
+                    _add(found, i, p, h, readout, of_row)
+            del entering, residual, slope
 
 
 def _loss(

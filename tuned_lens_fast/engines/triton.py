@@ -239,7 +239,7 @@ def plan(
     a_position = 0
     if divergences(query):
         a_position = d_model * (narrow + 4 * by_identity) + 64
-    fixed = 2**20 + cast * d_model * d_model * 4 + (layers + 16) * positions * bool(query.top_k)
+    fixed = 2**20 + (cast + gradient) * d_model * d_model * 4 + (layers + 16) * positions * bool(query.top_k)
     if query.watch is not None:
         fixed += min(len(query.watch), WATCH_TILE) * d_model * 8
 

@@ -72,8 +72,11 @@ def prepare(
             f"documents: {sum(map(len, own)):,} tokens to train on, too few for a single step of "
             f"{tokens_per_step // length * length:,}; give more text, or a smaller tokens_per_step or sequence_length"
         )
-    measured = join(others, min(length, max(2, sum(map(len, others)))), between, start)
+    # What is held out may be shorter than a sequence: then it is one.
+    measured = join(others, length, between, start)
     if not len(measured):
+        measured = join(others, None, between, start)
+    if measured.shape[1] < 2:
         raise ValueError("held_out: a single token, wanted at least two")
     hashes = {"documents": fingerprint.of_tensors(own), "held-out documents": fingerprint.of_tensors(others)}
     return Text(training, measured, between, share, hashes)
@@ -177,12 +180,12 @@ def without(documents: Sequence[Tensor], held_out: Sequence[Tensor]) -> list[Ten
     return left
 
 
-def join(documents: Sequence[Tensor], length: int, separator: int | None, start: int | None) -> Tensor:
+def join(documents: Sequence[Tensor], length: int | None, separator: int | None, start: int | None) -> Tensor:
     """Sequences ``[sequences, length]``, int32: the documents one behind the other, cut; what is left over is dropped.
 
     Args:
         documents: int32 ``[positions]`` each.
-        length: positions of a sequence.
+        length: positions of a sequence; None for one sequence of all.
         separator: put before each document that does not begin with it or follow it; None for none.
         start: every document begins with it, and so will every sequence, instead of them; None for none.
     """
@@ -199,8 +202,8 @@ def join(documents: Sequence[Tensor], length: int, separator: int | None, start:
         if len(rest):
             pieces.append(rest)
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-    own = length if start is None else length - 1
-    cut = stream[: len(stream) // own * own].view(-1, own)
+    own = len(stream) if length is None else length - (start is not None)
+    cut = stream[: len(stream) // own * own].view(-1, own) if own else stream[None]
     return cut if start is None else torch.cat([cut.new_full((len(cut), 1), start), cut], 1)
 
 
@@ -213,7 +216,7 @@ def drawn(sequences: int, first: int, count: int, seed: int) -> Tensor:
     found = []
     while count:
         again, place = divmod(first, sequences)
-        order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed * 1_000_003 + again))
+        order = torch.randperm(sequences, generator=torch.Generator().manual_seed((seed * 1_000_003 + again) % 2**63))
         found.append(order[place : place + count])
         first, count = first + len(found[-1]), count - len(found[-1])
     return torch.cat(found)

@@ -52,7 +52,10 @@ class TrainingFolder:
             report = json.loads(path.read_text(encoding="utf-8"))
             return report if report["run"] == self.run and report["finished"] else None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"out: {path} is damaged; delete it, and the same call goes on") from error
+            instead = "delete it, and the same call goes on"
+            if not (self.path / CHECKPOINT).exists():
+                instead = "the lens beside it is whole, but to train again takes another folder"
+            raise ValueError(f"out: {path} is damaged; {instead}") from error
 
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint, its tensors on the CPU; None before the first.
@@ -66,6 +69,8 @@ class TrainingFolder:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             run = state["run"]
+        except (OSError, MemoryError):
+            raise
         except Exception as error:  # whatever bytes that are none of a checkpoint's lead to
             why = shortened(error, 100)
             raise ValueError(f"out: {path} is damaged ({why}); delete it to train from the start") from error

@@ -23,7 +23,7 @@ from torch import Tensor
 from tuned_lens_fast.checkpoint import load_checkpoint
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.engines import choose
-from tuned_lens_fast.messages import listed, quoted
+from tuned_lens_fast.messages import listed, quoted, shortened
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.wrappers import name_or_path
 from tuned_lens_fast.nn import LogitLens, TunedLens
@@ -519,6 +519,10 @@ class _Run:
                 draw(report, aside)
         except ImportError:
             warnings.warn(f"out: without matplotlib there is no {PICTURE}: pip install matplotlib", stacklevel=4)
+        except OSError:
+            raise
+        except Exception as error:  # whatever a picture fails for: the lens is there
+            warnings.warn(f"out: {PICTURE} cannot be drawn: {shortened(error, 150)}", stacklevel=4)
 
 
 def _check_choices(**given: tuple[Any, Collection[str]]) -> None:

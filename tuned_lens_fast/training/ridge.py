@@ -23,8 +23,8 @@ from tuned_lens_fast.training.translators import Translators
 _GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Rows that the choice is made on, once for every entry of the grid.
 _CHOOSING = 256
-#: Rows whose products are summed at once.
-_BLOCK = 2048
+#: Rows whose products are summed at once, at most, and copies of such rows in float64.
+_BLOCK, _COPIES = 2048, 8
 
 
 class Moments:
@@ -40,9 +40,9 @@ class Moments:
         self._xx = zeros(width, width) if products else None
         self._xy = zeros(width, width) if products else None
 
-    def add(self, hidden: Tensor, last: Tensor, weights: Tensor) -> None:
+    def add(self, hidden: Tensor, last: Tensor, weights: Tensor, block_rows: int = _BLOCK) -> None:
         """Rows ``[rows, width]`` of both, with ``weights`` ``[rows]``; those that are not finite are passed over."""
-        for block in slices(len(hidden), _BLOCK):
+        for block in slices(len(hidden), block_rows):
             x, y, w = hidden[block].double(), last[block].double(), weights[block]
             sound = x.isfinite().all(1) & y.isfinite().all(1) & w.isfinite()
             if not sound.all():
@@ -134,9 +134,10 @@ def start(
     # One sequence alone is fitted and chosen on.
     fitted = sequences[: max(1, len(sequences) - kept)]
     for _, states in reader.read(fitted):
-        weights = row_weights(states.last, norm.kind)
+        block = max(1, min(_BLOCK, reader.scratch // (8 * _COPIES * states.last.shape[1])))
+        weights = torch.cat([row_weights(rows, norm.kind) for rows in states.last.split(block)])
         for layer, hidden in zip(moments, states.hidden, strict=True):
-            layer.add(hidden, states.last, weights)
+            layer.add(hidden, states.last, weights, block)
     some = slice(None, None, -(-kept * length // _CHOOSING))
     rows = [([h[some].clone() for h in s.hidden], s.reference[some].clone()) for _, s in reader.read(sequences[-kept:])]
     entering = [torch.cat(of_layer) for of_layer in zip(*(hidden for hidden, _ in rows), strict=True)]

@@ -6,17 +6,20 @@ On the way through training it stands between sequences of tokens and the loss, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.engines.interface import BudgetError
+from tuned_lens_fast.engines import choose
+from tuned_lens_fast.engines.interface import BudgetError, Translator
+from tuned_lens_fast.engines.losses import question
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.models.forward_pass import model_inputs
 from tuned_lens_fast.models.residual_stream import last_output, recorded
 from tuned_lens_fast.nn import TunedLens
+from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import hidden_dtype, next_tokens, rows_of
 from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
@@ -96,17 +99,20 @@ class Reader:
 def _least_scratch(lens: TunedLens, numbers: Sequence[int], length: int, dtype: torch.dtype, engine: str) -> int:
     """Bytes of scratch that an engine needs at least, for either loss and for the divergence that is measured."""
     head = lens.unembed.head
-    one = torch.zeros(1, lens.unembed.norm.hidden_width(head), dtype=dtype, device=head.weight.device)
-    rows = [one.expand(length, -1)] * len(numbers)
-    reference = one[:, :1].expand(length, head.weight.shape[1])
-    least = 0
-    for ask in (
-        lambda: lens.loss(rows, layers=numbers, reference=reference, engine=engine, memory_budget=1),
-        lambda: lens.loss(rows, layers=numbers, targets=reference[:, 0].long(), engine=engine, memory_budget=1),
-        lambda: lens.decode(rows, layers=numbers, reference=reference, stats=["kl"], engine=engine, memory_budget=1),
+    # In training translators are fp32, whatever they are now.
+    weight = torch.empty(lens.config.d_model, lens.config.d_model, device="meta")
+    readout = replace(readout_of(lens, numbers), translators=(Translator(weight, weight[0]),) * len(numbers))
+    one = torch.zeros(1, 1, dtype=head.weight.dtype, device=head.weight.device)
+    reference = one.expand(length, head.weight.shape[1])
+    targets = torch.zeros(1, dtype=torch.int64, device=head.weight.device).expand(length)
+    chosen, least = choose(engine, head.weight.device, head.weight.dtype), 0
+    for query, gradient in (
+        (question(None, reference), True),
+        (question(targets, None), True),
+        (question(None, reference), False),
     ):
         try:
-            ask()
+            chosen.plan(length, dtype, readout, query, 1, gradient)
         except BudgetError as error:
             least = max(least, error.smallest)
     return least
