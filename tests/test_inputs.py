@@ -98,7 +98,7 @@ def test_texts_go_to_disk(tiny, tmp_path):
     wanted = tl.decode_model(model, lens, ["ab", "c"], tokenizer=tokenizer, watch=groups)
     assert rows["token"].tolist() == ["a", "b", "c"] * (tiny_text_model.LAYERS + 1)
     first = rows[rows.document == 0]
-    found = torch.tensor(first.watch_log_probs.tolist()).view(-1, 2, 2)
+    found = torch.tensor([row.tolist() for row in first.watch_log_probs]).view(-1, 2, 2)
     torch.testing.assert_close(found, wanted.watch_log_probs[:, 0])
     with pytest.raises(ValueError, match="holds a run with another watch"):
         tl.decode_model(model, lens, ["ab", "c"], tokenizer=tokenizer, watch={"x": ["a", "b"], "c": "c"}, out=out)
