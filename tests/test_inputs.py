@@ -7,6 +7,8 @@ import tiny_text_model
 import torch
 
 import tuned_lens_fast as tl
+from tuned_lens_fast.cli import main
+from tuned_lens_fast.cli.loading import gguf_in
 from tuned_lens_fast.plotting import compare_page, figure, heatmap_page, print_table
 
 TEXT = "a tuned lens"
@@ -219,3 +221,99 @@ def test_a_figure_of_what_was_watched(tiny):
     torch.testing.assert_close(torch.tensor(image.get_array().data), one.watch_log_probs[:, 0, :, 0].double())
     with pytest.raises(ValueError, match=r"wanted one of .*max_prob.*, yes"):
         figure(one, tokenizer, statistic="no")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return str(folder), *tiny_text_model.save(folder)
+
+
+def decoded(capsys, *argv):
+    assert main(["decode", *argv, "--json", "--quiet"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_command_line_watches_groups(saved, capsys, tmp_path):
+    folder, model, tokenizer = saved
+    group = '{"a=b,": ["a", "="], "c": "c"}'
+    page = tmp_path / "page.html"
+    found = decoded(capsys, folder, TEXT, "--watch", group, "--watch", "{", "--html", str(page))
+    watch = {"a=b,": ["a", "="], "c": "c", "{": "{"}
+    wanted = tl.decode_model(model, tl.LogitLens.from_model(model), TEXT, tokenizer=tokenizer, watch=watch)
+    assert found["watch"] == [*watch]
+    torch.testing.assert_close(torch.tensor(found["watch_log_probs"]), wanted.watch_log_probs, atol=1e-4, rtol=1e-4)
+    (run,) = header_of(page.read_text(encoding="utf-8"))["runs"]
+    assert (run["watched"], run["watchedNames"]) == ([-1] * 3, [*watch])
+
+
+def test_command_line_generates_and_chats(saved, capsys, tmp_path):
+    folder, model, tokenizer = saved
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    for _ in range(5):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert decoded(capsys, folder, TEXT, "--generate", "5")["token_ids"] == ids[0].tolist()
+    assert main(["decode", folder, TEXT, "--chat"]) == 1
+    assert "chat: the model's tokenizer has no chat template" in capsys.readouterr().err
+    tiny_text_model.save(tmp_path)
+    tokenizer = type(tokenizer).from_pretrained(tmp_path)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    found = decoded(capsys, str(tmp_path), "hi", "--chat")
+    assert found["token_ids"] == tokenizer("<user>hi\n<a>")["input_ids"]
+
+
+def test_command_line_refuses_before_a_model_loads(saved, capsys, tmp_path, monkeypatch):
+    folder, model, _ = saved
+    monkeypatch.setattr("tuned_lens_fast.cli.decode.load_model", lambda args: pytest.fail("it loads the model"))
+    lens = tl.TunedLens.from_model(model)
+    lens.save(tmp_path / "lens")
+    config = json.loads((tmp_path / "lens" / "config.json").read_text())
+    for change, message in (({"d_model": 33}, "d_model 33, this one has 32"), ({"num_hidden_layers": 9}, "layers 9")):
+        (tmp_path / "lens" / "config.json").write_text(json.dumps(config | change))
+        assert main(["decode", folder, TEXT, "--lens", str(tmp_path / "lens")]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["decode", folder, TEXT, "--layers", "0,3"]) == 1
+    assert "layers: got 3, wanted 0 to 2" in capsys.readouterr().err
+    for argv, message in (
+        (["--watch", '{"a": [1]}'], "--watch: 'a' is [1], wanted a token's text or a list of such"),
+        (["--watch", '{"a": "a"}', "--watch", "a"], "--watch: 'a' is there twice"),
+        (["--generate", "0"], "wanted a whole number from 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["decode", folder, TEXT, *argv])
+        assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_one_gguf_file_is_one(tmp_path):
+    assert gguf_in(str(tmp_path / "none")) is None
+    (tmp_path / "b.gguf").touch()
+    (tmp_path / "config.json").touch()
+    assert gguf_in(str(tmp_path)) == "b.gguf"
+    (tmp_path / "a.GGUF").touch()
+    with pytest.raises(ValueError, match=r"several GGUF files, choose with --gguf-file: 'a.GGUF', 'b.gguf'"):
+        gguf_in(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_in(str(tmp_path)) is None
+
+
+def test_a_finished_run_says_so(saved, capsys, tmp_path):
+    pytest.importorskip("pyarrow")
+    folder, _, _ = saved
+    argv = ["decode", folder, TEXT, "--out", str(tmp_path / "run"), "--watch", '{"x": ["a", "b"]}']
+    assert main(argv) == 0
+    assert "already complete" not in capsys.readouterr().err
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    assert "run is already complete" in said
+    assert "positions/s" not in said
+    from tuned_lens_fast.plotting.serve import Run
+
+    (info,) = Run(tmp_path / "run").texts[0].header["runs"]
+    assert (info["watched"], info["watchedNames"]) == ([-1], ["x"])

@@ -189,11 +189,11 @@ def parts(
     runs: Sequence[tuple[str, LensStats, Tensor | None]],
     tokenizer: PreTrainedTokenizerBase | None,
     title: str,
-    watch: Iterable[int] | None,
+    watch: Iterable[int] | Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The header, and every other part by its name: ``text-0``, ``block-0-0``, …, ``tokens``."""
     tokens, found, descriptions = Tokens(tokenizer), {}, []
-    watch = None if watch is None else [*watch]
+    watch = watch if watch is None or isinstance(watch, Mapping) else [*watch]
     for i, (name, stats, input_ids) in enumerate(runs):
         descriptions.append(described(name, stats, stats.lse.shape[1], partial(getattr, stats), tokens, watch))
         found[f"text-{i}"] = text_part(stats, input_ids, tokens)

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ def heatmap_page(
     input_ids: Tensor | None,
     title: str = "Lens",
     *,
-    watch: Iterable[int] | None = None,
+    watch: Iterable[int] | Mapping[str, Any] | None = None,
 ) -> str:
     """A page of HTML that shows a decoded text and needs nothing from elsewhere.
 
@@ -47,8 +47,8 @@ def heatmap_page(
         input_ids: ``[positions]``, the text that was decoded, or what was given to ``decode_model``; None if it is not
             known.
         title: of the page, plain text.
-        watch: the tokens that ``stats.watch_log_probs`` is of, in their order, so that the page can name them; what was
-            watched by name has it from ``stats.watch``.
+        watch: the tokens that ``stats.watch_log_probs`` is of, in their order, so that the page can name them, or
+            groups by name; what was watched by name has it from ``stats.watch`` too.
 
     Raises:
         ValueError: none of the statistics that a colour can stand for, no positions, or shapes that differ.
@@ -61,7 +61,7 @@ def compare_page(
     tokenizer: PreTrainedTokenizerBase | None,
     title: str = "Lens",
     *,
-    watch: Iterable[int] | None = None,
+    watch: Iterable[int] | Mapping[str, Any] | None = None,
 ) -> str:
     """A page as :func:`heatmap_page` makes it, of several decodes: two side by side, linked, or their difference.
 
