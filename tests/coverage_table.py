@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import transformers
 from all_models import DECODERS, OTHERS, UNBUILT, build
 from torch import Tensor, nn
 
-from tuned_lens_fast import Unembed, residual_stream
+from tuned_lens_fast import Unembed, capture, residual_stream
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.block_output import stream_of, with_stream
 from tuned_lens_fast.models.chunked_pass import cannot_continue, reads_padding
@@ -45,9 +46,13 @@ types that are not here. A model that it cannot read is refused with the reason.
 - chunks: whether a prompt that takes several continues from the model's *cache*, or every chunk runs it *anew* from its
   first token.
 - left padding: whether `decode_model` takes prompts that are padded on the left.
+- parts: whether `capture` tells what attention and MLP of every block add to the stream, and how they come to it: *in
+  turn*, or *side by side*, which has no middle. The stream that enters a block and the two make the one that enters the
+  next, within 1e-5 of its largest value, unless a model does more between its blocks. A no is a type with blocks of
+  other parts, such as a state space, or one that does more to its stream than add.
 
-| model type | norm | head | transform | lens | stream | chunks | left padding |
-|---|---|---|---|---|---|---|---|"""
+| model type | norm | head | transform | lens | stream | chunks | left padding | parts |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Row:
     unlike_transformers: bool = False  #: residual_stream and transformers' hidden_states differ before the last
     recomputes: str | None = None  #: why each chunk runs the whole prompt
     misread: str | None = None  #: why padding on the left is refused
+    parts: str = "no"  #: how attention and MLP come to the stream
 
     def __str__(self) -> str:
         lens = "yes" if self.refused is None else f"no: {self.refused}"
@@ -73,7 +79,8 @@ class Row:
         if stream == "yes":
             chunks = "cache" if self.recomputes is None else "anew"
             padding = "yes" if self.misread is None else "no"
-        cells = (self.model_type, self.norm, self.head, self.transform, lens, stream, chunks, padding)
+        parts = self.parts if stream == "yes" else ""
+        cells = (self.model_type, self.norm, self.head, self.transform, lens, stream, chunks, padding, parts)
         return f"| {' | '.join(cells)} |"
 
 
@@ -113,7 +120,22 @@ def survey(model_type: str) -> Row:
         unlike_transformers=not all(alike),
         recomputes=cannot_continue(model, LONG, None, (5, 10, 15, 16)),
         misread=reads_padding(model, LONG, LEFT),
+        parts=_parts(model, ids, stream),
     )
+
+
+def _parts(model: nn.Module, ids: Tensor, stream: Sequence[Tensor]) -> str:
+    try:
+        attention, mlp = capture(model, ids, "attn"), capture(model, ids, "mlp")
+    except NotImplementedError:
+        return "no"
+    summed = torch.stack([*stream[:-1]]) + attention + mlp
+    between = "" if _relative(summed, torch.stack([*stream[1:]])) <= 1e-5 else ", with more between blocks"
+    try:
+        capture(model, ids, "mid")
+    except ValueError:
+        return f"side by side{between}"
+    return f"in turn{between}"
 
 
 def replaced(model: nn.Module, ids: Tensor, sizes: Tensor | float = 2.0) -> tuple[Tensor, Tensor]:
@@ -147,10 +169,12 @@ def table() -> str:
     version = ".".join(transformers.__version__.split(".")[:2])
     decoders = [survey(model_type) for model_type in sorted(DECODERS)]
     others = [survey(model_type) for model_type in sorted(OTHERS - UNBUILT.keys())]
+    told = sum(row.parts != "no" for row in decoders if row.refused is None)
     title, columns = _HEAD.format(version=version).rsplit("\n\n", 1)
     counts = f"{sum(row.refused is None for row in decoders)} of {len(decoders)}"
     parts = [
-        f"{title}\n\n## Decoders, and wrappers around one: {counts}\n\n{columns}",
+        f"{title}\n\n## Decoders, and wrappers around one: {counts}\n\n"
+        f"`capture` tells the parts of {told} of them.\n\n{columns}",
         *map(str, decoders),
         f"\n## Encoders with a head, and decoders of encoder-decoders\n\n{columns}",
         *map(str, others),

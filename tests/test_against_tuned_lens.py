@@ -152,4 +152,5 @@ def test_every_parameter_is_there_in_its_place():
         "do_sample",
         "temp",
         "max_new_tokens",
+        "tokenizer",  # ours takes texts
     ]

@@ -214,7 +214,7 @@ def test_the_model_is_left_as_it_was(llama, lens):
         ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, ValueError, "no tokens"),
         ({"input_ids": torch.zeros(1, 1, 1, dtype=torch.int64)}, ValueError, "input_ids: got shape"),
         ({"input_ids": torch.zeros(1, 3)}, TypeError, "input_ids: got torch.float32"),
-        ({"input_ids": [1, 2]}, TypeError, "input_ids: got a list"),
+        ({"input_ids": 5}, TypeError, "input_ids: got a int, wanted ids, texts"),
         ({"input_ids": torch.tensor([VOCAB])}, IndexError, f"input_ids: got {VOCAB}"),
         ({"attention_mask": torch.ones(4)}, ValueError, r"attention_mask: got shape \[4\]"),
         ({"attention_mask": [1]}, TypeError, "attention_mask"),

@@ -229,14 +229,14 @@ def test_what_cannot_be_drawn_is_refused(decoded):
         heatmap_page(tl.LensStats(lse=stats.lse, layers=stats.layers), tokenizer, ids)
     with pytest.raises(ValueError, match=r"input_ids: got shape \[2\], wanted \[\d+\]"):
         heatmap_page(stats, tokenizer, ids[:2])
-    with pytest.raises(ValueError, match=r"stats: got shape \[4, 1, \d+\], wanted \[layers, positions\]"):
+    with pytest.raises(ValueError, match=r"stats: got shape \[4, 2, \d+\], wanted \[layers, positions\]"):
         heatmap_page(batched(stats), tokenizer, ids)
     with pytest.raises(ValueError, match="runs: got none"):
         compare_page([], tokenizer)
 
 
 def batched(stats):
-    return tl.LensStats(lse=stats.lse[:, None], layers=stats.layers, entropy=stats.entropy[:, None])
+    return tl.LensStats(lse=stats.lse[:, None].repeat(1, 2, 1), layers=stats.layers)
 
 
 def test_notebooks(decoded, monkeypatch):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tuned_lens_fast.data.dataset import decode_documents
     from tuned_lens_fast.decode import decode_model
     from tuned_lens_fast.engines import engines
+    from tuned_lens_fast.models.parts import capture
     from tuned_lens_fast.models.residual_stream import residual_stream
     from tuned_lens_fast.nn import Lens, LogitLens, TunedLens, TunedLensConfig, Unembed
     from tuned_lens_fast.stats import LensStats
@@ -35,6 +36,7 @@ __version__ = version("tuned-lens-fast")
 
 #: Where each name is; imported when it is first used, so that the command line starts without PyTorch.
 _PLACES = {
+    "capture": "models.parts",
     "decode_documents": "data.dataset",
     "decode_model": "decode",
     "residual_stream": "models.residual_stream",
@@ -55,6 +57,7 @@ __all__ = [
     "TunedLensConfig",
     "Unembed",
     "__version__",
+    "capture",
     "causal",
     "data",
     "decode_documents",

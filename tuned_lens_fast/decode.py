@@ -17,10 +17,11 @@ from torch import Tensor
 
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.interface import DecodableLens
+from tuned_lens_fast.inputs import Prompt, Watched, read_prompt, read_watch
 from tuned_lens_fast.reading import read
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
-from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_query
+from tuned_lens_fast.validation import check_budget, check_hidden, check_layers, check_model, check_query
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +35,9 @@ def decode(
     targets: Tensor | None = None,
     reference: Tensor | None = None,
     top_k: int = 0,
-    watch: Tensor | Sequence[int] | None = None,
+    watch: Watched | None = None,
     stats: Collection[str] | None = None,
+    tokenizer: Any = None,
     engine: str = "auto",
     memory_budget: int | None = None,
 ) -> LensStats:
@@ -51,7 +53,9 @@ def decode(
         reference: ``[..., d_model]``, what the head's linear layer receives at the model's own output (after
             the norm and any factor); the divergences compare with it.
         top_k: how many of the likeliest tokens to return.
-        watch: token ids whose log-probabilities to return.
+        watch: tokens whose log-probabilities to return: ids, or with a ``tokenizer`` texts, each one token. A mapping
+            such as ``{"yes": ["Yes", " yes"]}`` reads each group as one: the log of the sum of its probabilities.
+        tokenizer: that of the model, for texts in ``watch``.
         stats: names out of log_prob, rank, entropy, max_prob, kl, reverse_kl, js, tv. None: entropy and
             max_prob; with targets log_prob and rank; with a reference kl. lse is always there.
         engine: "auto", or one of :func:`tuned_lens_fast.engines`.
@@ -69,21 +73,25 @@ def decode(
     head = lens.unembed.head
     hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head))
     hidden, numbers = check_layers(lens, layers, hidden)
-    query = check_query(head, lead, targets, reference, top_k, watch, stats)
+    watching = read_watch(watch, tokenizer)
+    query = check_query(head, lead, targets, reference, top_k, None if watching is None else watching.ids, stats)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     found = read(chosen, lens, numbers, hidden, query, check_budget(memory_budget))
+    if watching is not None:
+        found = watching.gathered(found)
     return LensStats(
         **_shaped(found, len(hidden), lead),
         layers=torch.tensor(numbers, dtype=torch.int64),
         targets=None if targets is None else targets.to(torch.int64),
+        watch=None if watching is None else watching.names,
     )
 
 
 @overload
 def decode_model(
-    model: Any, lens: DecodableLens, input_ids: Tensor, *,
-    attention_mask: Tensor | None = ..., layers: Iterable[int] | None = ...,
-    targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Tensor | Sequence[int] | None = ...,
+    model: Any, lens: DecodableLens, input_ids: Prompt, *,
+    attention_mask: Tensor | None = ..., tokenizer: Any = ..., layers: Iterable[int] | None = ...,
+    targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Watched | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
     out: None = ...,
 ) -> LensStats: ...  # fmt: skip
@@ -91,9 +99,9 @@ def decode_model(
 
 @overload
 def decode_model(
-    model: Any, lens: DecodableLens, input_ids: Tensor, *,
-    attention_mask: Tensor | None = ..., layers: Iterable[int] | None = ...,
-    targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Tensor | Sequence[int] | None = ...,
+    model: Any, lens: DecodableLens, input_ids: Prompt, *,
+    attention_mask: Tensor | None = ..., tokenizer: Any = ..., layers: Iterable[int] | None = ...,
+    targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Watched | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
     out: str | os.PathLike[str],
 ) -> Path: ...  # fmt: skip
@@ -102,13 +110,14 @@ def decode_model(
 def decode_model(
     model: Any,
     lens: DecodableLens,
-    input_ids: Tensor,
+    input_ids: Prompt,
     *,
     attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     layers: Iterable[int] | None = None,
     targets: Tensor | Literal["next"] | None = "next",
     top_k: int = 0,
-    watch: Tensor | Sequence[int] | None = None,
+    watch: Watched | None = None,
     stats: Collection[str] | None = None,
     chunk: int | None = None,
     engine: str = "auto",
@@ -124,8 +133,10 @@ def decode_model(
     Args:
         model: a transformers causal LM; it runs in evaluation mode and is left in the modes it was in.
         lens: any :class:`~tuned_lens_fast.nn.Lens` of that model.
-        input_ids: integer ids ``[positions]`` or ``[batch, positions]``.
+        input_ids: integer ids ``[positions]`` or ``[batch, positions]``, also as lists; a text or a list of texts, with
+            ``tokenizer``; or what a tokenizer returns. Prompts of several lengths are padded on the right.
         attention_mask: of the same shape, 0 at padding on either side. Padding is no target and has none.
+        tokenizer: that of the model, for texts in ``input_ids`` and ``watch``; special tokens are its own affair.
         layers: the layers of the lens to decode, all that it has if None; the model's own output is added to them.
         targets: "next" for the following token (the last position has none), ids of the shape of
             ``input_ids`` with -100 for none, or None.
@@ -139,8 +150,8 @@ def decode_model(
             :func:`tuned_lens_fast.data.dataset.decode_to`. Nothing is kept in memory.
 
     Returns:
-        A :class:`LensStats` with statistics ``[L + 1, *input_ids.shape]``; ``layers[-1]`` is the model's
-        number of blocks, and its divergences are 0. With ``out`` the path of the folder.
+        A :class:`LensStats` with statistics ``[L + 1, *input_ids.shape]``, or ``[L + 1, positions]`` of one text;
+        ``layers[-1]`` is the model's number of blocks, and its divergences are 0. With ``out`` the path of the folder.
 
     Raises:
         ValueError, IndexError, TypeError: as :func:`decode`; also a lens of a model with other sizes, no tokens,
@@ -155,11 +166,14 @@ def decode_model(
     if out is not None:
         from tuned_lens_fast.data.dataset import decode_to
 
-        return decode_to(out, model, lens, input_ids, attention_mask=attention_mask, **asked)
-    prepared = prepare(model, lens, input_ids, attention_mask, **asked)
+        return decode_to(out, model, lens, input_ids, attention_mask=attention_mask, tokenizer=tokenizer, **asked)
+    model = check_model(model)
+    ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, model.device)
+    asked["watch"] = read_watch(watch, tokenizer)
+    prepared = prepare(model, lens, ids, attention_mask, **asked)
     _log.info("%s", prepared.plan)
     found = prepared.collect()
-    return found if input_ids.ndim == 2 else found[:, 0]
+    return found if ids.ndim == 2 else found[:, 0]
 
 
 def _shaped(found: dict[str, Tensor], layers: int, lead: Sequence[int]) -> dict[str, Tensor]:

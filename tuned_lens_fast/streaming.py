@@ -21,6 +21,7 @@ from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query, Readout
 from tuned_lens_fast.engines.statistics import DIVERGENCES, divergences
 from tuned_lens_fast.engines.tiling import empty_answer, slices
+from tuned_lens_fast.inputs import Watch
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.blocks import linear_head
 from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
@@ -53,6 +54,7 @@ class Prepared:
     numbers: tuple[int, ...]  #: the layers of the lens
     targets: Tensor | None  #: int64 [batch, positions] on the lens's device
     query: Query  #: for the whole prompt; targets and reference are put in for each chunk
+    watch: Watch | None  #: what the query's watched tokens are groups of
     engine: Engine
 
     def run(self, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[tuple[int, slice, LensStats]]:
@@ -141,7 +143,7 @@ class Prepared:
             layerwise = read(self.engine, self.lens, self.numbers, hidden, query, self.plan.scratch) if layers else {}
             own = self.engine.decode([last], Readout.of_output(head), itself, self.plan.scratch)
             for layer, answer in ((slice(layers), layerwise), (slice(layers, None), own)):
-                for name, value in answer.items():
+                for name, value in (self.watch.gathered(answer) if self.watch else answer).items():
                     found[name][layer, rows] = value.unflatten(1, (-1, width))
             del hidden, last, query
         for name in divergences(self.query):
@@ -150,8 +152,11 @@ class Prepared:
 
     def _room(self, positions: int) -> dict[str, Tensor]:
         """For statistics of so many positions, uninitialised."""
+        query = self.query
+        if self.watch is not None and self.watch.sizes is not None and query.watch is not None:
+            query = replace(query, watch=query.watch[: len(self.watch.sizes)])  # a column for each group
         found = empty_answer(
-            len(self.numbers) + 1, self.plan.batch * positions, self.query, self.lens.unembed.head.weight.device
+            len(self.numbers) + 1, self.plan.batch * positions, query, self.lens.unembed.head.weight.device
         )
         return {name: value.unflatten(1, (self.plan.batch, positions)) for name, value in found.items()}
 
@@ -161,6 +166,7 @@ class Prepared:
             **found,
             layers=torch.tensor([*self.numbers, blocks], dtype=torch.int64),
             targets=None if self.targets is None else self.targets[:, positions],
+            watch=None if self.watch is None else self.watch.names,
         )
 
 
@@ -173,7 +179,7 @@ def prepare(
     layers: Iterable[int] | None = None,
     targets: Tensor | Literal["next"] | None = "next",
     top_k: int = 0,
-    watch: Tensor | Sequence[int] | None = None,
+    watch: Watch | None = None,
     stats: Collection[str] | None = None,
     chunk: int | None = None,
     boundaries: Sequence[int] | None = None,
@@ -210,7 +216,10 @@ def prepare(
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     # What the lens will be compared with is not known yet.
     unknown = head.weight.new_empty(()).expand(*input_ids.shape, head.weight.shape[1])
-    query = replace(check_query(head, input_ids.shape, targets, unknown, top_k, watch, stats), reference=None)
+    query = replace(
+        check_query(head, input_ids.shape, targets, unknown, top_k, None if watch is None else watch.ids, stats),
+        reference=None,
+    )
     input_ids = torch.atleast_2d(input_ids)
     batch, positions = input_ids.shape
     if attention_mask is not None:
@@ -251,7 +260,7 @@ def prepare(
             )
     return Prepared(
         planned, ends, recomputes, model, lens, input_ids, attention_mask, tuple(numbers),
-        None if query.targets is None else query.targets.reshape(batch, positions), query, chosen,
+        None if query.targets is None else query.targets.reshape(batch, positions), query, watch, chosen,
     )  # fmt: skip
 
 

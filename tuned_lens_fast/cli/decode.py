@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import math
 import sys
@@ -27,6 +28,8 @@ from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli.arguments import add_model_options, byte_count, layer_numbers, positive
 from tuned_lens_fast.cli.loading import (
     check_folder,
+    check_sizes,
+    gguf_in,
     load_lens,
     load_model,
     load_tokenizer,
@@ -43,9 +46,10 @@ from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.statistics import STATISTICS
+from tuned_lens_fast.inputs import read_watch
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
-from tuned_lens_fast.messages import listed, quoted
+from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.nn import Lens
 from tuned_lens_fast.plotting import compare_page, print_table
@@ -74,6 +78,10 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
     command.add_argument("--id-column", metavar="NAME", help="what they are called (default: 0, 1, 2 and so on)")
+    command.add_argument("--chat", action="store_true", help="the text is a user's message: use the chat template")
+    command.add_argument(
+        "--generate", type=positive, metavar="N", help="read up to N tokens more, which the model goes on with (greedy)"
+    )
     command.add_argument(
         "--lens", metavar="FOLDER_OR_ID", help="a tuned lens, or the file of a Jacobian lens (default: the logit lens)"
     )
@@ -85,7 +93,11 @@ def add(command: argparse.ArgumentParser) -> None:
         help=f"out of {', '.join(STATISTICS)} (default: {','.join(s.name for s in STATISTICS.values() if s.default)})",
     )
     command.add_argument(
-        "--watch", action="append", metavar="TOKEN", help="its log-probability everywhere; may be given several times"
+        "--watch",
+        action="append",
+        metavar="TOKEN",
+        help="its log-probability everywhere; may be given several times. A JSON object names groups of tokens "
+        """that are read as one: '{"yes": ["Yes", " yes"]}'""",
     )
     command.add_argument(
         "--layers", type=layer_numbers, help='such as "0,5,10-20" (default: all; the output is always there)'
@@ -137,6 +149,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         parser.error("--text-column and --id-column are for --jsonl")
     if _is_folder(args.out) and (args.html or args.json):
         parser.error("--html and --json hold one text in memory, --out with a folder none; run them on their own")
+    if args.generate is not None and args.jsonl is not None:
+        parser.error("--generate is for one text, not for --jsonl")
+    try:
+        _watched(args.watch or [])
+    except ValueError as error:
+        parser.error(f"--{error}")
     if args.compare is not None and args.html is None:
         parser.error("--compare is for --html: the page shows both lenses")
     if args.compare is not None and (args.lens or "logit") == args.compare:
@@ -172,23 +190,27 @@ def run(args: argparse.Namespace) -> None:
         documents = read_jsonl(args.jsonl, args.text_column or "text", args.id_column)
     _check_outputs(args)
     check_folder(args.model)
-    for name in {args.lens, args.compare} - {None, "logit"}:
-        load_lens_artifacts(name)
+    args.gguf_file = args.gguf_file or gguf_in(args.model)
+    lens_files = {name: load_lens_artifacts(name) for name in {args.lens, args.compare} - {None, "logit"}}
     meter = ProgressBar(show, disable=args.quiet)
     stats = None
     with meter.shown(), _plan_shown(show, args.verbose):
         meter.say("reading the text")
         tokenizer = load_tokenizer(args)
-        ids = tokenize(tokenizer, documents, args.jsonl)
-        watch = args.watch and [_token_id(tokenizer, text) for text in args.watch]
+        ids = tokenize(tokenizer, documents, args.jsonl, chat=args.chat)
+        watch = read_watch(args.watch and _watched(args.watch), tokenizer)
+        check_sizes(args, lens_files)
         meter.say("loading the model")
         model = load_model(args)
         longest = max(range(len(ids)), key=lambda number: len(ids[number]))
         try:
-            check_length(model, len(ids[longest]))
+            check_length(model, len(ids[longest]) + (args.generate or 0))
         except ValueError as error:
             place = place_of(args.jsonl, documents[longest])
             raise ValueError(f"{place}: {str(error).removeprefix('input_ids: ')}") from error
+        if args.generate is not None:
+            meter.say("generating")
+            ids = [_continued(model, ids[0], args.generate)]
         lens = load_lens(model, args.lens)
         other = None if args.compare is None else load_lens(model, None if args.compare == "logit" else args.compare)
         question: dict[str, Any] = {
@@ -229,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
             else:
                 write_table(args.out, _table(batch, tokenizer, ids[0]))
         if stats is not None and args.html is not None:
-            page = compare_page(runs, tokenizer, title=_title(args), watch=watch)
+            page = compare_page(runs, tokenizer, title=_title(args), watch=None if watch is None else watch.columns())
             with atomic_write(args.html) as aside:
                 aside.write_text(page, encoding="utf-8")
 
@@ -237,6 +259,9 @@ def run(args: argparse.Namespace) -> None:
         print_json({**_as_json(args, stats, tokenizer, ids[0]), "seconds": seconds, "peak_extra_bytes": extra})
     elif stats is not None and not args.quiet:
         print_table(Console(), stats, tokenizer, ids[0])
+    if args.out is not None and stats is None and not meter.positions:
+        show.print(f"{args.out} is already complete", highlight=False, markup=False, soft_wrap=True)
+        return
     memory = "" if extra is None else f", at most {extra / 2**20:,.0f} MiB beyond the model"
     done = f"{count} layers x {meter.positions:,.0f} positions in {seconds:.1f} s"
     show.print(f"{done}, {meter.positions / seconds:,.0f} positions/s{memory}", highlight=False, soft_wrap=True)
@@ -291,16 +316,43 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise OSError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
-def _token_id(tokenizer: Any, text: str) -> int:
-    """The token that ``text`` is, written as in a text or as in the vocabulary."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) == 1:
-        return ids[0]
-    known = tokenizer.get_vocab()
-    if text in known:
-        return known[text]
-    parts = listed(tokenizer.convert_ids_to_tokens(ids))
-    raise ValueError(f"watch: {quoted(text)} is {len(ids)} tokens ({parts}), wanted one")
+def _continued(model: Any, ids: Tensor, most: int) -> Tensor:
+    """``ids`` ``[positions]`` and up to ``most`` tokens that the model takes to be likeliest, one after the other."""
+    prompt = ids[None].to(model.device)
+    with torch.no_grad():
+        found = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, do_sample=False, num_beams=1
+        )
+    return found[0].to(ids)
+
+
+def _watched(tokens: list[str]) -> dict[str, str | list[str]] | list[str]:
+    """What ``--watch`` asks for: texts of tokens, or groups of such by name once one is a group."""
+    groups = [_group(text) for text in tokens]
+    if not any(groups):
+        return tokens
+    named: dict[str, str | list[str]] = {}
+    for text, group in zip(tokens, groups, strict=True):
+        for name, of in (group or {text: text}).items():
+            if name in named:
+                raise ValueError(f"watch: {quoted(name)} is there twice")
+            named[name] = of
+    return named
+
+
+def _group(text: str) -> dict[str, str | list[str]] | None:
+    """A JSON object with something in it; anything else is a token, and so is "{}"."""
+    try:
+        group = json.loads(text) if text.startswith("{") else None
+    except (ValueError, RecursionError):
+        return None
+    if not group:
+        return None
+    for name, of in group.items():
+        for token in of if isinstance(of, list) else [of]:
+            if not isinstance(token, str):
+                raise ValueError(f"watch: {quoted(name)} is {quoted(of)}, wanted a token's text or a list of such")
+    return group
 
 
 def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table:
@@ -331,6 +383,7 @@ def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_i
         "token_ids": input_ids.tolist(),
         "tokens": tokenizer.convert_ids_to_tokens(input_ids.tolist()),
         **{name: _plain(value.tolist()) for name, value in stats.items()},
+        **({} if stats.watch is None else {"watch": [*stats.watch]}),
         "top_tokens": [
             [tokenizer.convert_ids_to_tokens([i for i in ids if i >= 0]) for ids in row]
             for row in ([] if stats.top_ids is None else stats.top_ids.tolist())

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from tuned_lens_fast.cli.arguments import add_model_options, positive
-from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, tokenize
+from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_lens, load_model, load_tokenizer, tokenize
 from tuned_lens_fast.data.jsonl import Document
 from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.decode import decode_model
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         server = _server(args, str(args.model), found.texts, None)
     else:
         check_folder(args.model)
+        args.gguf_file = args.gguf_file or gguf_in(args.model)
         if args.lens is not None:
             load_lens_artifacts(args.lens)
         tokenizer = load_tokenizer(args)

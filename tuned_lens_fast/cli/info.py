@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.cli.arguments import add_model_options
-from tuned_lens_fast.cli.loading import check_folder, load_model
+from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_model
 from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.engines import engines
 from tuned_lens_fast.jacobian_lens import read_jacobian_config
@@ -75,6 +75,7 @@ def _lens_facts(name: str) -> dict[str, Any]:
 
 def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
     check_folder(args.model)
+    args.gguf_file = args.gguf_file or gguf_in(args.model)
     model = load_model(args)
     unembed = LogitLens.from_model(model).unembed
     norm, head = unembed.norm, unembed.head

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.data.jsonl import Document
-from tuned_lens_fast.messages import quoted, shortened
+from tuned_lens_fast.messages import listed, quoted, shortened
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 
 
@@ -75,6 +76,58 @@ def check_folder(name: str) -> None:
         raise FileNotFoundError(f"model: there is no folder {quoted(name, 150)}")
 
 
+def gguf_in(name: str) -> str | None:
+    """The GGUF file of a folder that has one and no other weights.
+
+    Raises:
+        ValueError: it has several.
+    """
+    folder = Path(name)
+    files = sorted(path.name for path in folder.iterdir() if path.is_file()) if os.path.isdir(name) else []
+    found = [file for file in files if file.lower().endswith(".gguf")]
+    if not found or any(file.endswith((".safetensors", ".bin", ".pt", ".pth")) for file in files):
+        return None
+    if len(found) > 1:
+        raise ValueError(f"model: {quoted(name, 150)} has several GGUF files, choose with --gguf-file: {listed(found)}")
+    return found[0]
+
+
+def check_sizes(args: argparse.Namespace, lenses: Mapping[str, tuple[Path, Path]]) -> None:
+    """Refuse layers and lenses that the model cannot have, as far as its config tells, before its weights load.
+
+    Args:
+        lenses: what ``load_lens_artifacts`` found for each.
+    """
+    from transformers import AutoConfig
+
+    if args.gguf_file is not None:
+        return
+    with model_errors(args.model):
+        config = AutoConfig.from_pretrained(
+            args.model, revision=args.revision, trust_remote_code=args.trust_remote_code
+        )
+    text = config.get_text_config()
+    # Of an encoder and a decoder, it is the number of one of them.
+    layers = None if config.is_encoder_decoder else getattr(text, "num_hidden_layers", None)
+    if layers is not None and args.layers and args.layers[-1] >= layers:
+        raise IndexError(f"layers: got {args.layers[-1]}, wanted 0 to {layers - 1}")
+    for name, (config_path, weights) in lenses.items():
+        if config_path == weights:
+            continue  # a Jacobian lens, which is read as a whole
+        try:
+            lens = json.loads(Path(config_path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # what is wrong with it is said where it is loaded
+        # A lens of several residual streams is that many times as wide.
+        width = getattr(text, "hidden_size", None)
+        for key, wanted, of_several in (("d_model", width, True), ("num_hidden_layers", layers, False)):
+            got = lens.get(key) if isinstance(lens, dict) else None
+            if type(got) is not int or type(wanted) is not int or got == wanted:
+                continue
+            if not (of_several and got % wanted == 0):
+                raise ValueError(f"lens: {quoted(name, 150)} is of a model with {key} {got}, this one has {wanted}")
+
+
 @contextmanager
 def model_errors(name: str) -> Iterator[None]:
     """Name the model in what goes wrong while it is loaded."""
@@ -108,9 +161,19 @@ def read_text(args: argparse.Namespace) -> str:
     return text
 
 
-def tokenize(tokenizer: Any, documents: Sequence[Document], jsonl: Path | None) -> list[Tensor]:
-    """Token ids ``[positions]`` of every text, with the special tokens that the model expects."""
-    found = tokenizer([document.text for document in documents], verbose=False)["input_ids"]
+def tokenize(tokenizer: Any, documents: Sequence[Document], jsonl: Path | None, chat: bool = False) -> list[Tensor]:
+    """Token ids ``[positions]`` of every text, with the special tokens that the model expects.
+
+    With ``chat`` a text is what a user says, up to where the model's answer begins.
+    """
+    texts = [document.text for document in documents]
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("chat: the model's tokenizer has no chat template; leave --chat out")
+        talks = [[{"role": "user", "content": text}] for text in texts]
+        texts = tokenizer.apply_chat_template(talks, add_generation_prompt=True, tokenize=False)
+    # A template writes the special tokens itself.
+    found = tokenizer(texts, verbose=False, **({"add_special_tokens": False} if chat else {}))["input_ids"]
     for document, ids in zip(documents, found, strict=True):
         if not len(ids):
             raise ValueError(f"{place_of(jsonl, document)}: it has no tokens, so there is nothing to decode")

@@ -25,6 +25,7 @@ from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
+from tuned_lens_fast.inputs import Watched, padded, read_prompt, read_watch
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
@@ -49,7 +50,7 @@ def decode_documents(
     layers: Iterable[int] | None = None,
     targets: Literal["next"] | None = "next",
     top_k: int = 0,
-    watch: Tensor | Sequence[int] | None = None,
+    watch: Watched | None = None,
     stats: Collection[str] | None = None,
     chunk: int | None = None,
     engine: str = "auto",
@@ -69,7 +70,8 @@ def decode_documents(
         documents: token ids of each, one dimension, not empty.
         out: the folder, made if it is not there; else one of the same run, or an empty one.
         ids: a name for each document, all str or all int; 0, 1, 2, … if None.
-        tokenizer: anything with ``convert_ids_to_tokens``; for the column ``token``.
+        tokenizer: anything with ``convert_ids_to_tokens``, for the column ``token``; the model's own for texts in
+            ``watch``.
         targets: "next" for the following token, or None.
         chunk: positions that run at once, of one document or of several; as many as the budget allows if None.
 
@@ -103,7 +105,7 @@ def decode_documents(
         layers=layers,
         targets=targets,
         top_k=top_k,
-        watch=watch,
+        watch=read_watch(watch, tokenizer),
         stats=stats,
         chunk=chunk,
         engine=_engine(engine, out, lens),
@@ -128,23 +130,31 @@ def decode_to(
     out: str | os.PathLike[str],
     model: Any,
     lens: DecodableLens,
-    input_ids: Tensor,
+    input_ids: Any,
     *,
     attention_mask: Tensor | None = None,
+    tokenizer: Any = None,
     targets: Tensor | Literal["next"] | None = "next",
     chunk: int | None = None,
     **question: Any,
 ) -> Path:
     """:func:`decode_model` of a prompt ``[positions]`` or ``[batch, positions]`` into the folder ``out``.
 
-    The rows of the batch are the documents 0, 1, …, and their positions are counted without padding. Folder, columns
-    and errors: see :func:`decode_documents`; arguments: see :func:`decode_model`.
+    The rows of the batch are the documents 0, 1, …, and their positions are counted without padding; with a
+    ``tokenizer`` there is the column ``token``. Folder, columns and errors: see :func:`decode_documents`; arguments:
+    see :func:`decode_model`.
     """
+    model = check_model(model)
+    input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, model.device)
     question["engine"] = _engine(question.get("engine", "auto"), out, lens)
+    question["watch"] = read_watch(question.get("watch"), tokenizer)
     prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, chunk=chunk, **question)
     ids, mask, wanted = prepared.input_ids, prepared.attention_mask, prepared.targets
     wide = [None if values is None else values.to(torch.int64) for values in (ids, mask)]
     text = {"text": fingerprint.of_tensors(wide), "targets": fingerprint.of_tensors([wanted]), "tokenizer": None}
+    if tokenizer is not None:
+        used = ids.unique().tolist()
+        text["tokenizer"] = fingerprint.of_text(tokenizer.convert_ids_to_tokens(used))
     return _decode(
         out,
         prepared,
@@ -152,7 +162,7 @@ def decode_to(
         _check_names(None, len(ids)),
         lambda _: (ids, mask, wanted),
         lambda: [([*range(len(ids))], [*prepared.boundaries])],
-        None,
+        tokenizer,
     )
 
 
@@ -175,15 +185,6 @@ def pack(lengths: Sequence[int], most: int, apart: int | None = None) -> list[li
     return batches
 
 
-def padded(documents: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Documents as one batch ``[batch, positions]``, padded on the right, and its mask; None without padding."""
-    input_ids = torch.nn.utils.rnn.pad_sequence([*documents], batch_first=True)
-    ends = torch.tensor([len(tokens) for tokens in documents])
-    real = torch.arange(input_ids.shape[1]) < ends[:, None]
-    mask = None if real.all() else real.to(device, torch.int64)
-    return input_ids.to(device, torch.int64), mask
-
-
 def _decode(
     out: str | os.PathLike[str],
     prepared: Prepared,
@@ -204,7 +205,7 @@ def _decode(
         "layers": [*prepared.numbers],
         "stats": sorted(query.stats),
         "top_k": query.top_k,
-        "watch": None if query.watch is None else query.watch.tolist(),
+        "watch": None if prepared.watch is None else prepared.watch.columns(),
         "engine": prepared.engine.name,
     }
     of = getattr(getattr(lens, "config", None), "base_model_name_or_path", None)
@@ -269,7 +270,7 @@ def _decode(
                 layers=prepared.numbers,
                 targets=targets,
                 top_k=query.top_k,
-                watch=query.watch,
+                watch=prepared.watch,
                 stats=query.stats,
                 boundaries=batch.boundaries,
                 engine=prepared.engine.name,

@@ -97,7 +97,7 @@ def stats_of(table: pa.Table, layers: Tensor, start: int, stop: int) -> LensStat
     shape = len(layers), stop - start
     rows = np.searchsorted(layers.numpy(), table["layer"].to_numpy())
     at = torch.from_numpy(rows * shape[1] + table["position"].to_numpy() - start)
-    found: dict[str, Tensor] = {"lse": torch.full(shape, torch.nan), "layers": layers}
+    found: dict[str, Any] = {"lse": torch.full(shape, torch.nan), "layers": layers}
     for name in {field.name for field in fields(LensStats)} & {*table.column_names}:
         column = table[name].combine_chunks()
         if pa.types.is_integer(column.type):

@@ -28,6 +28,7 @@ from tuned_lens_fast.artifacts import TunedLensConfig, read_artifact
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import Translator
+from tuned_lens_fast.inputs import Prompt, read_prompt
 from tuned_lens_fast.jacobian_lens import read_jacobian_lens
 from tuned_lens_fast.loss import loss
 from tuned_lens_fast.messages import quoted, ranges
@@ -89,10 +90,12 @@ class Lens(abc.ABC, nn.Module):
         self,
         model: Any,
         layer: int,
-        input_ids: Tensor,
+        input_ids: Prompt,
         do_sample: bool = True,
         temp: float = 1.0,
         max_new_tokens: int = 100,
+        *,
+        tokenizer: Any = None,
     ) -> Tensor:
         """Continues ``input_ids`` with what the lens reads at ``layer``, token by token.
 
@@ -105,10 +108,12 @@ class Lens(abc.ABC, nn.Module):
         Args:
             model: the causal LM the lens belongs to.
             layer: 0 to num_hidden_layers - 1; negative ones count from the end.
-            input_ids: integer ``[tokens]`` or ``[batch, tokens]``, prompts of one length without padding.
+            input_ids: integer ``[tokens]`` or ``[batch, tokens]``, prompts of one length without padding; or as
+                :func:`~tuned_lens_fast.decode_model` takes them.
             do_sample: sample; False takes the likeliest token.
             temp: divides the logits before sampling; 0 takes the likeliest token.
             max_new_tokens: at most so many new tokens.
+            tokenizer: that of the model, where ``input_ids`` are texts.
 
         Returns:
             ``[batch, tokens + new tokens]``, the prompt and what follows it.
@@ -119,22 +124,23 @@ class Lens(abc.ABC, nn.Module):
                 the model has no head, or calls the layer's block more than once a pass.
             IndexError: no such layer.
         """
-        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-            raise TypeError(f"input_ids: got {input_ids.dtype}, wanted integers")
-        if input_ids.ndim not in (1, 2) or not input_ids.numel():
-            raise ValueError(
-                f"input_ids: got shape {[*input_ids.shape]}, wanted [tokens] or [batch, tokens], not empty"
-            )
+        model = unwrapped(model)
+        prompt, mask = read_prompt(input_ids, None, tokenizer, model.get_input_embeddings().weight.device)
+        if mask is not None and not mask.all():
+            raise ValueError("input_ids: got prompts of several lengths, wanted one length without padding")
+        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+            raise TypeError(f"input_ids: got {prompt.dtype}, wanted integers")
+        if prompt.ndim not in (1, 2) or not prompt.numel():
+            raise ValueError(f"input_ids: got shape {[*prompt.shape]}, wanted [tokens] or [batch, tokens], not empty")
         if not temp >= 0:
             raise ValueError(f"temp: got {temp}, wanted 0 or more")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, wanted 0 or more")
-        model = unwrapped(model)
         layers = len(get_transformer_layers(model)[1])
         layer = layer + layers if -layers <= layer < 0 else layer
         _check_layer("layer", layer, layers)
 
-        tokens = input_ids.reshape(-1, input_ids.shape[-1])
+        tokens = prompt.reshape(-1, prompt.shape[-1])
         start = tokens.shape[1]
         cached = max_new_tokens > 1 and cannot_continue(model, tokens, None, (start, start + 1)) is None
         with recorded(model, [layer], slice(-1, None)) as recorder:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,10 @@ _BITS = 10
 _SAMPLE = 2**20
 #: Cells that a page can jump to, for each question.
 _PEAKS = 100
+
+
+#: Of the colours of a watched token's log-probability.
+WATCHED_SPAN = (-12.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,16 @@ def described(
     positions: int,
     whole: Callable[[str], Tensor],
     tokens: Tokens,
-    watch: Iterable[int] | None,
+    watch: Iterable[int] | Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """A run's part of the header: what its blocks hold, in order, its colours, and the cells to jump to.
 
-    ``first`` is any part of the run, ``whole(statistic)`` that statistic of all ``positions``.
+    ``first`` is any part of the run, ``whole(statistic)`` that statistic of all ``positions``. ``watch`` are the ids of
+    what was watched, or groups by their names.
     """
     watched = 0 if first.watch_log_probs is None else first.watch_log_probs.shape[-1]
-    ids = [*(watch or ())][:watched]
+    names = [*watch] if isinstance(watch, Mapping) else [*(first.watch or ())]
+    ids = [] if watch is None or isinstance(watch, Mapping) else [*watch][:watched]
     named = tokens.number(torch.tensor(ids, dtype=torch.int64)).tolist()
     statistics: list[dict[str, Any]] = []
     peaks: list[tuple[int, int]] = []
@@ -152,6 +158,7 @@ def described(
         "statistics": statistics,
         "k": 0 if first.top_ids is None else first.top_ids.shape[-1],
         "watched": [*named, *[-1] * (watched - len(named))],
+        "watchedNames": [*map(visible_line, names)],
         "peaks": peaks,
     }
 
@@ -182,11 +189,11 @@ def parts(
     runs: Sequence[tuple[str, LensStats, Tensor | None]],
     tokenizer: PreTrainedTokenizerBase | None,
     title: str,
-    watch: Iterable[int] | None,
+    watch: Iterable[int] | Mapping[str, Any] | None,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The header, and every other part by its name: ``text-0``, ``block-0-0``, …, ``tokens``."""
     tokens, found, descriptions = Tokens(tokenizer), {}, []
-    watch = None if watch is None else [*watch]
+    watch = watch if watch is None or isinstance(watch, Mapping) else [*watch]
     for i, (name, stats, input_ids) in enumerate(runs):
         descriptions.append(described(name, stats, stats.lse.shape[1], partial(getattr, stats), tokens, watch))
         found[f"text-{i}"] = text_part(stats, input_ids, tokens)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.messages import quoted
-from tuned_lens_fast.plotting.encode import DRAWN, drawn_names, usual_span
-from tuned_lens_fast.plotting.tokens import NO_TOKEN, fit, layer_names, token_texts
+from tuned_lens_fast.plotting.encode import DRAWN, WATCHED_SPAN, Drawn, drawn_names, usual_span, visible_line
+from tuned_lens_fast.plotting.tokens import NO_TOKEN, fit, layer_names, one_text, token_texts, watched_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,12 @@ def figure(
     """A heatmap of one statistic: layers down, the text across, each cell the likeliest token there.
 
     Args:
-        stats: of one text, ``[layers, positions]``; every position is drawn, ``stats[:, 10:30]`` draws some.
+        stats: of one text, ``[layers, positions]`` or a batch of one; every position is drawn,
+            ``stats[:, 10:30]`` draws some.
         tokenizer: None leaves tokens out.
         input_ids: ``[positions]``, what was read, above the columns; None: their numbers.
-        statistic: a field of ``stats``, such as "kl"; ranks are coloured by their logarithm.
+        statistic: a field of ``stats``, such as "kl", or a name in ``stats.watch``; ranks are coloured by their
+            logarithm.
         backend: whose figure it is.
         colours: the name of a scale that ``backend`` has.
 
@@ -50,16 +52,27 @@ def figure(
     """
     if backend not in ("matplotlib", "plotly"):
         raise ValueError(f'backend: got {quoted(backend)}, wanted "matplotlib" or "plotly"')
-    if stats.lse.ndim != 2 or not stats.lse.numel():
+    stats, input_ids = one_text(stats, input_ids, tokenizer)
+    if not stats.lse.numel():
         raise ValueError(f"stats: got shape {[*stats.lse.shape]}, wanted [layers, positions] of one text")
-    if statistic not in drawn_names(stats):
-        raise ValueError(f"statistic: got {quoted(statistic)}, wanted one of {', '.join(drawn_names(stats))}")
+    named = drawn_names(stats)
+    watched = (
+        {}
+        if stats.watch_log_probs is None
+        else dict(zip(watched_names(stats), stats.watch_log_probs.unbind(-1), strict=True))
+    )
+    if statistic not in (*named, *watched):
+        raise ValueError(f"statistic: got {quoted(statistic)}, wanted one of {', '.join([*named, *watched])}")
     if input_ids is not None and input_ids.shape != stats.lse.shape[1:]:
         raise ValueError(f"input_ids: got shape {[*input_ids.shape]}, wanted {[*stats.lse.shape[1:]]}")
     if importlib.util.find_spec(backend) is None:
         raise ModuleNotFoundError(f"backend: {backend} is not installed: pip install {backend}")
-    drawn = DRAWN[statistic]
-    values = getattr(stats, statistic).cpu().double().numpy()
+    if statistic in named:
+        drawn, found = DRAWN[statistic], getattr(stats, statistic).cpu()
+    else:
+        title = f"log-probability of {visible_line(statistic)}, nats"
+        drawn, found = Drawn(statistic, statistic, title, WATCHED_SPAN), watched[statistic].cpu()
+    values = found.double().numpy()
     if drawn.log:
         values = np.log10(np.where(values > 0, values, np.nan))
     read, top = (None if ids is None else ids.cpu() for ids in (input_ids, stats.top_ids))
@@ -73,7 +86,7 @@ def figure(
         if read is not None:
             across = [fit(texts[token], _LETTERS) for token in read.tolist()]
     title = f"log10 of {drawn.title}" if drawn.log else drawn.title
-    span = None if drawn.log else drawn.span or usual_span(getattr(stats, statistic).cpu(), False)
+    span = None if drawn.log else drawn.span or usual_span(found, False)
     draw = _matplotlib if backend == "matplotlib" else _plotly
     return draw(values, words, across, layer_names(stats), title, span, colours)
 

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.plotting.encode import DRAWN, drawn_names, parts
+from tuned_lens_fast.plotting.tokens import one_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,17 +36,19 @@ def heatmap_page(
     input_ids: Tensor | None,
     title: str = "Lens",
     *,
-    watch: Iterable[int] | None = None,
+    watch: Iterable[int] | Mapping[str, Any] | None = None,
 ) -> str:
     """A page of HTML that shows a decoded text and needs nothing from elsewhere.
 
     Args:
-        stats: what ``decode_model`` returned for one text, ``[layers, positions]``; its last layer is the model's own
-            output. The page offers each statistic that is there.
+        stats: what ``decode_model`` returned for one text, ``[layers, positions]``, or a batch of one; its last layer
+            is the model's own output. The page offers each statistic that is there.
         tokenizer: None shows ids in place of tokens.
-        input_ids: ``[positions]``, the text that was decoded; None if it is not known.
+        input_ids: ``[positions]``, the text that was decoded, or what was given to ``decode_model``; None if it is not
+            known.
         title: of the page, plain text.
-        watch: the tokens that ``stats.watch_log_probs`` is of, in their order, so that the page can name them.
+        watch: the tokens that ``stats.watch_log_probs`` is of, in their order, so that the page can name them, or
+            groups by name; what was watched by name has it from ``stats.watch`` too.
 
     Raises:
         ValueError: none of the statistics that a colour can stand for, no positions, or shapes that differ.
@@ -58,7 +61,7 @@ def compare_page(
     tokenizer: PreTrainedTokenizerBase | None,
     title: str = "Lens",
     *,
-    watch: Iterable[int] | None = None,
+    watch: Iterable[int] | Mapping[str, Any] | None = None,
 ) -> str:
     """A page as :func:`heatmap_page` makes it, of several decodes: two side by side, linked, or their difference.
 
@@ -73,10 +76,12 @@ def compare_page(
     """
     if not runs:
         raise ValueError("runs: got none, wanted at least one (name, stats, input_ids)")
-    runs = [(name, stats.to("cpu"), None if ids is None else ids.cpu()) for name, stats, ids in runs]
-    for _, stats, input_ids in runs:
-        _check(stats, input_ids)
-    return written(*parts(runs, tokenizer, title, watch))
+    drawn = []
+    for name, stats, input_ids in runs:
+        stats, ids = one_text(stats, input_ids, tokenizer)
+        _check(stats, ids)
+        drawn.append((name, stats.to("cpu"), None if ids is None else ids.cpu()))
+    return written(*parts(drawn, tokenizer, title, watch))
 
 
 def written(header: dict[str, Any], found: dict[str, bytes]) -> str:
@@ -104,6 +109,7 @@ class NotebookPage:
         self, stats: LensStats, tokenizer: PreTrainedTokenizerBase | None = None, input_ids: Tensor | None = None
     ) -> None:
         """Arguments and errors: as :func:`heatmap_page`."""
+        stats, input_ids = one_text(stats, input_ids, tokenizer)
         _check(stats, input_ids)
         rows, total = stats.lse.shape
         shown = min(total, max(1, NOTEBOOK_CELLS // rows))
@@ -120,8 +126,6 @@ class NotebookPage:
 
 def _check(stats: LensStats, input_ids: Tensor | None) -> None:
     shape = [*stats.lse.shape]
-    if len(shape) != 2:
-        raise ValueError(f"stats: got shape {shape}, wanted [layers, positions]; of a batch, stats[:, i] is one text")
     if not all(shape) or not drawn_names(stats):
         raise ValueError(f"stats: a page needs at least one position and layer, and one of {', '.join(DRAWN)}")
     if input_ids is not None and [*input_ids.shape] != shape[1:]:

@@ -116,7 +116,8 @@ class Run:
         import pyarrow.compute as compute
 
         names = [name for name in ("token_id", "target", "top_ids") if name in self.rows.schema.names]
-        largest = max(self.said.get("watch") or [0])
+        watched = self.said.get("watch")
+        largest = 0 if not watched or isinstance(watched, dict) else max(watched)
         for batch in self.rows.to_batches(columns=names):
             for column in batch.columns:
                 flat = (

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from tuned_lens_fast.plotting.tokens import NO_TOKEN, fit, layer_names, token_texts
+from tuned_lens_fast.plotting.tokens import NO_TOKEN, fit, layer_names, one_text, token_texts, visible, watched_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,20 +40,22 @@ def print_table(
     console: Console,
     stats: LensStats,
     tokenizer: PreTrainedTokenizerBase,
-    input_ids: Tensor,
+    input_ids: Any,
     max_positions: int = 64,
 ) -> None:
     """Print the top token of every layer and position, coloured by its probability.
 
     Positions are wrapped into blocks as wide as the terminal. Where there are no colours, the probability is
-    written after the token, in percent.
+    written after the token, in percent. What was watched follows in a table of its own, of the last position shown.
 
     Args:
-        stats: what ``decode_model`` returned for one text, ``[layers, positions]``, with ``top_k`` >= 1;
-            its last layer is the model's own output.
-        input_ids: ``[positions]``, the text that was decoded.
+        stats: what ``decode_model`` returned for one text, ``[layers, positions]`` or a batch of one, with
+            ``top_k`` >= 1; its last layer is the model's own output.
+        input_ids: ``[positions]``, the text that was decoded, or what was given to ``decode_model``.
         max_positions: how many positions to show; the rest are counted in a line below.
     """
+    stats, input_ids = one_text(stats, input_ids, tokenizer)
+    assert input_ids is not None
     assert stats.top_ids is not None
     assert stats.top_log_probs is not None
     total = input_ids.shape[0]
@@ -94,6 +95,16 @@ def print_table(
         console.print(table)
         console.print()
 
+    if stats.watch_log_probs is not None and stats.watch_log_probs.numel():
+        called = [fit(visible(name), CELL) for name in watched_names(stats)]
+        table = Table(*["layer", *called], box=None, padding=(0, 0, 0, 1), pad_edge=False, header_style="dim")
+        for column in table.columns:
+            column.justify = "right"
+        for name, row in zip(names, stats.watch_log_probs[:, shown - 1].tolist(), strict=True):
+            table.add_row(Text(name, style="dim"), *(f"{value:.2f}" for value in row))
+        console.print(Text(f"log-probabilities at position {shown - 1}, nats", style="dim"))
+        console.print(table)
+        console.print()
     if colours:
         scale = Text("probability of the top token: 0 ", style="dim")
         for step in range(20):

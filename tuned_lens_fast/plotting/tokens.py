@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.cells import cell_len, set_cell_size
+from torch import Tensor
+
+from tuned_lens_fast.inputs import read_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +50,32 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> dict[
 def fit(text: str, cells: int) -> str:
     """``text`` in at most ``cells`` terminal cells (a CJK character takes two), cut with an ellipsis."""
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1).rstrip() + "…"
+
+
+def one_text(stats: LensStats, input_ids: Any, tokenizer: Any = None) -> tuple[LensStats, Tensor | None]:
+    """Statistics ``[layers, positions]`` and ids ``[positions]`` of one text, which may come as a batch of one.
+
+    Args:
+        input_ids: as ``decode_model`` takes them, or None.
+
+    Raises:
+        ValueError: a batch of several, or another shape.
+    """
+    shape = [*stats.lse.shape]
+    if len(shape) == 3 and shape[1] == 1:
+        stats = stats[:, 0]
+    elif len(shape) != 2:
+        raise ValueError(f"stats: got shape {shape}, wanted [layers, positions]; of a batch, stats[:, i] is one text")
+    if input_ids is None:
+        return stats, None
+    ids, _ = read_prompt(input_ids, None, tokenizer, torch.device("cpu"))
+    return stats, ids[0] if ids.ndim == 2 and len(ids) == 1 else ids
+
+
+def watched_names(stats: LensStats) -> list[str]:
+    """What the columns of ``stats.watch_log_probs`` are called."""
+    columns = 0 if stats.watch_log_probs is None else stats.watch_log_probs.shape[-1]
+    return [*(stats.watch or (f"watched {i + 1}" for i in range(columns)))]
 
 
 def layer_names(stats: LensStats) -> list[str]:

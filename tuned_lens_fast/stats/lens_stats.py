@@ -5,6 +5,7 @@ This is the end of the way from hidden state to statistics; nothing here compute
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -56,18 +57,20 @@ class LensStats:
     tv: Tensor | None = None  #: total variation, half the sum of |p - q|
     top_ids: Tensor | None = None  #: int64 [L, ..., k], likeliest first, ties to the lower id
     top_log_probs: Tensor | None = None  #: [L, ..., k]
-    watch_log_probs: Tensor | None = None  #: [L, ..., n_watch], in the order asked for
+    watch_log_probs: Tensor | None = None  #: [L, ..., n_watch], in the order asked for; of a group, of their sum
+    watch: tuple[str, ...] | None = None  #: names of what was watched, where it was asked for by names
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of every field that is there."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 yield field.name, value
 
     def to(self, device: torch.device | str) -> LensStats:
         """The same statistics on ``device``."""
-        return replace(self, **{name: value.to(device) for name, value in self.items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.items()}
+        return replace(self, **moved)
 
     def __getitem__(self, index: Any) -> LensStats:
         """Slice layers first, then positions: ints, slices, an Ellipsis, at most one list, mask or id tensor.
@@ -90,14 +93,15 @@ class LensStats:
             else:
                 chosen = parts
             cut[name] = value[tuple(p.to(value.device) if isinstance(p, Tensor) else p for p in chosen)]
-        return LensStats(**cut)
+        return LensStats(**cut, watch=self.watch)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field to ``path`` as safetensors, aside and renamed: nothing is ever half there."""
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.items()}
         with atomic_write(path) as aside:
             aside.touch()  # an OSError that says why, where safetensors has an error of its own
-            save_file(tensors, aside, metadata={"format": _FORMAT})
+            names = {} if self.watch is None else {"watch": json.dumps(self.watch)}
+            save_file(tensors, aside, metadata={"format": _FORMAT, **names})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LensStats:
@@ -107,10 +111,11 @@ class LensStats:
             FileNotFoundError: no such file.
             ValueError: the file is cut short or not one of ours, or its tensors are not those of one decode.
         """
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"watch"}
         try:
             with open_safetensors(path) as file:
-                found, there = (file.metadata() or {}).get("format"), set(file.keys())
+                metadata, there = file.metadata() or {}, set(file.keys())
+                found = metadata.get("format")
                 # Of another file not a byte is read.
                 ours = found == _FORMAT and {"lse", "layers"} <= there <= names
                 tensors = {name: file.get_tensor(name) for name in there} if ours else {}
@@ -118,7 +123,7 @@ class LensStats:
             raise ValueError(f"path: {path} is not a complete safetensors file ({shortened(error)})") from error
         if not ours:
             raise ValueError(f"path: {path} holds {quoted(found)} with {listed(sorted(there))}, wanted {_FORMAT!r}")
-        stats = cls(**tensors)
+        stats = cls(**tensors, watch=_names(metadata.get("watch")))
         problem = stats._mismatch()
         if problem is not None:
             raise ValueError(f"path: {path} holds statistics that do not belong together: {problem}")
@@ -144,13 +149,18 @@ class LensStats:
                 continue
             if value.shape != wanted:
                 return f"{name} has shape {[*value.shape]}, wanted {[*wanted]}"
+        if self.watch is not None:
+            columns = 0 if self.watch_log_probs is None else self.watch_log_probs.shape[-1]
+            if len(self.watch) != columns:
+                return f"{columns} tokens were watched, with names for {len(self.watch)}"
         return None
 
     def to_pandas(self, tokenizer: Any = None) -> pandas.DataFrame:
         """One row for every layer and position.
 
         Columns: ``layer``, ``position`` (``batch`` before it with two dimensions, ``dim_0`` … with more),
-        ``target``, the statistics by name, ``top_id_0``, ``top_log_prob_0``, … ``watch_log_prob_0``, ….
+        ``target``, the statistics by name, ``top_id_0``, ``top_log_prob_0``, … ``watch_log_prob_0``, …
+        (``watch_log_prob_yes`` where it was watched by that name).
         With a ``tokenizer`` (anything with ``convert_ids_to_tokens``) also ``target_token`` and
         ``top_token_0``, …; missing where there is no token.
 
@@ -189,7 +199,8 @@ class LensStats:
                 if name == "top_ids":
                     add_ids(f"top_id_{i}", column)
                 else:
-                    columns[f"{name.removesuffix('s')}_{i}"] = column.numpy()
+                    of = self.watch[i] if name == "watch_log_probs" and self.watch is not None else i
+                    columns[f"{name.removesuffix('s')}_{of}"] = column.numpy()
         return pandas.DataFrame(columns)
 
     def show(self, tokenizer: Any = None, input_ids: Tensor | None = None) -> Any:
@@ -237,6 +248,19 @@ class LensStats:
         if len(shown) < len(rows):
             lines.insert(1 + _SHOWN, "…".rjust(widths[0]))
         return "\n".join([title, *lines, *lists])
+
+
+def _names(written: str | None) -> tuple[str, ...] | None:
+    """Names as :meth:`LensStats.save` writes them."""
+    if written is None:
+        return None
+    try:
+        names = json.loads(written)
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"path: its names of watched tokens are {quoted(written)}, wanted a list of strings")
+    return tuple(names)
 
 
 def _full_index(index: Any, ndim: int) -> list[Any]:

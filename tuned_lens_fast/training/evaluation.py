@@ -21,9 +21,10 @@ from torch import Tensor
 
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
-from tuned_lens_fast.data.dataset import pack, padded, positions_at_once
+from tuned_lens_fast.data.dataset import pack, positions_at_once
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Norm
+from tuned_lens_fast.inputs import padded
 from tuned_lens_fast.messages import json_text
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.stats import LensStats

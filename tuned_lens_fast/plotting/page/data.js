@@ -56,7 +56,8 @@ class Run {
     Object.assign(this, info, { source, index, block });
     this.statistics = [...info.statistics];
     info.watched.forEach((token, i) => this.statistics.push({
-      name: `watch${i}`, watch: i, token, label: "", title: "", low: -12, high: 0, log: false, changes: [],
+      name: `watch${i}`, watch: i, token, called: info.watchedNames[i] ?? `watched ${i + 1}`,
+      label: "", title: "", low: -12, high: 0, log: false, changes: [],
     }));
     this.blocks = [];
     this.loading = [];
@@ -146,7 +147,7 @@ class Difference {
     this.layers = this.rows.map(([row]) => a.layers[row]);
     this.positions = Math.min(a.positions, b.positions);
     const shared = new Map(b.statistics.map((s) => [s.name, s]));
-    this.statistics = a.statistics.filter((s) => shared.has(s.name) && s.token === shared.get(s.name).token);
+    this.statistics = a.statistics.filter((s) => shared.has(s.name) && s.token === shared.get(s.name).token && s.called === shared.get(s.name).called);
     this.k = Math.min(a.k, b.k);
     this.spans = {};
     Object.assign(this, { read: a.read, target: a.target });

@@ -60,7 +60,7 @@ class Page {
     [this.ids, this.texts] = JSON.parse(new TextDecoder().decode(tokens));
     for (const run of this.runs) {
       run.statistics.filter((s) => s.watch !== undefined).forEach((s) => {
-        s.label = s.token < 0 ? `watched ${s.watch + 1}` : `“${this.texts[s.token]}”`;
+        s.label = s.token < 0 ? s.called : `“${this.texts[s.token]}”`;
         s.title = `log-probability of ${s.label}, nats`;
       });
     }
@@ -679,7 +679,7 @@ class Page {
     const token = (at) => (at >= 0 ? quoted(this.texts[at]) : "");
     const runs = this.panes.flatMap((pane) => pane.run.pair ?? [pane.run]), [{ statistics, k }] = runs;
     const tops = Array.from({ length: Math.min(...runs.map((run) => run.k)) }, (_, i) => i);
-    const title = (s) => (s.watch === undefined ? s.name : s.token < 0 ? `watch_log_prob_${s.watch}` : quoted(`log_prob ${this.texts[s.token]}`));
+    const title = (s) => (s.watch === undefined ? s.name : quoted(`log_prob ${s.token < 0 ? s.called : this.texts[s.token]}`));
     const lines = [["run", "layer", "position", "token", "next", ...statistics.map(title), ...(k ? tops.flatMap((i) => [`top_token_${i}`, `top_log_prob_${i}`]) : [])]];
     for (const pane of this.panes) {
       const view = this.view(pane), [from, to] = inSight(view);
