@@ -24,6 +24,8 @@ from tiny_text_model import LAYERS, POSITIONS
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tuned_lens_fast as tl
+import tuned_lens_fast.cli.arguments
+import tuned_lens_fast.cli.decode  # or cli.decode were there only once it has been used
 from tuned_lens_fast import cli, progress
 from tuned_lens_fast.data import parts
 from tuned_lens_fast.plotting import print_table
@@ -643,7 +645,8 @@ def test_interrupted_while_writing(option, name, folder, tmp_path, monkeypatch, 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT to send to another process")
 def test_sigint(folder, tmp_path):
     script = (
-        "import sys, time, tuned_lens_fast.cli as cli\n"
+        "import sys, time, tuned_lens_fast.cli.decode\n"
+        "from tuned_lens_fast import cli\n"
         "def decode_model(*args, **options):\n"
         "    print('at work', flush=True); time.sleep(60)\n"
         "cli.decode.decode_model = decode_model\n"
