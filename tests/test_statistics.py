@@ -23,7 +23,11 @@ EVERYTHING = Query(frozenset(STATISTICS), watch=torch.tensor([1, 2]), top_k=3)
 
 
 def test_lens_stats_has_a_field_for_each():
-    assert {field.name for field in fields(LensStats)} == {s.name for s in asked(EVERYTHING)} | {"layers", "targets"}
+    assert {field.name for field in fields(LensStats)} == {s.name for s in asked(EVERYTHING)} | {
+        "layers",
+        "targets",
+        "watch",
+    }
 
 
 def test_the_readme_says_of_each_what_the_list_says():

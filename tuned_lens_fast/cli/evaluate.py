@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, positive
-from tuned_lens_fast.cli.loading import check_folder, load_lens, load_model, load_tokenizer, place_of
+from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_lens, load_model, load_tokenizer, place_of
 from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.jsonl import read_jsonl
@@ -119,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
         except OSError as error:
             raise OSError(f"out: cannot write {args.out}: {error.strerror}") from error
     check_folder(args.model)
+    args.gguf_file = args.gguf_file or gguf_in(args.model)
     if args.lens is not None:
         load_lens_artifacts(args.lens)
     meter = ProgressBar(show, disable=args.quiet)
