@@ -407,7 +407,7 @@ def lens_training(result: Result) -> Iterator[str]:
     arguments = next(iter(result["recipes"].values()))["arguments"]
     yield (
         f"SmolLM2-135M, steps of {arguments['tokens_per_step']:,} tokens, held-out KL in nats by layer, measured on "
-        f"{arguments['eval_tokens']:,} tokens.\n"
+        f"{arguments['eval_tokens']:,} tokens. {result.get('note', '')}\n"
     )
     rows = []
     for name, found in result["recipes"].items():
