@@ -57,10 +57,10 @@ SUITES: dict[str, dict[str, str]] = {
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
     "training": {
-        "kl": "loss.py --weights real --loss kl --rounds 9",
-        "ce": "loss.py --weights real --loss ce --rounds 9",
-        "few-mib": "loss.py --weights real --loss kl --budget-mib 12 --rounds 9",
-        "linear_cross_entropy": "loss.py --positions 16 --loss ce --with-linear-cross-entropy --rounds 5",
+        "kl": "loss.py --weights real --loss kl --rounds 3",
+        "ce": "loss.py --weights real --loss ce --rounds 3",
+        "few-mib": "loss.py --weights real --loss kl --budget-mib 12 --rounds 3",
+        "linear_cross_entropy": "loss.py --positions 16 --loss ce --with-linear-cross-entropy --rounds 3",
     },
     # `make bench`: small, so that all of it takes a minute or two, and with one floor, so that two runs compare.
     "quick": {
