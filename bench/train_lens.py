@@ -12,6 +12,7 @@ far, its measurements included.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="a folder of plain text")
+    parser.add_argument("--text", type=Path, help="a folder of plain text")
     parser.add_argument("--layers", default="0,4,9,14,19,24,29")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tokens-per-step", type=int, default=512)
@@ -40,7 +41,15 @@ def main() -> int:
     parser.add_argument("--eval-tokens", type=int, default=2_048)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--draw", type=Path, nargs=2, metavar=("RESULT", "PNG"), help="a picture of an --out, and no run"
+    )
     options = parser.parse_args()
+    if options.draw is not None:
+        draw(json.loads(options.draw[0].read_text()), options.draw[1])
+        return 0
+    if options.text is None:
+        parser.error("--text: wanted a folder of plain text")
     model, tokenizer = real_model("smollm2-135m", torch.float32, "cpu")
     files = sorted(options.text.rglob("*.txt"))
     texts = [text for file in files if (text := file.read_text(encoding="utf-8"))]
@@ -102,6 +111,32 @@ def show(name: str, numbers: list[int], report: tl.TrainingReport) -> None:
     print(line("  logit lens", report.logit_lens))
     for one in report.evaluations:
         print(line(f"  step {one['step']}, {one['seconds']:,.0f} s", one["kl"]), flush=True)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The means over layers against the step, and KL by layer where both recipes end and ours begins."""
+    from matplotlib.figure import Figure
+
+    layers, steps = result["layers"], result["recipes"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, colour, label in (
+        ("tuned-lens", "#d55e00", "tuned-lens's recipe"),
+        ("ours", "#0072b2", "ours: ridge, then Adam"),
+    ):
+        found = steps[name]["evaluations"]
+        means = [sum(one["kl"]) / len(layers) for one in found]
+        left.plot([one["step"] for one in found], means, marker=".", color=colour, label=label)
+        right.plot(layers, found[-1]["kl"], marker=".", color=colour, label=f"{label}, {found[-1]['step']} steps")
+    right.plot(layers, found[0]["kl"], marker=".", linestyle=":", color=colour, label="ours before the first step")
+    right.plot(layers, steps["ours"]["logit_lens"], marker=".", color="0.5", label="logit lens")
+    tokens = steps["ours"]["arguments"]["tokens_per_step"]
+    left.set(xlabel=f"step of {tokens:,} tokens", ylabel="mean KL(model || lens), nats", yscale="log")
+    left.set_title(f"SmolLM2-135M, mean of {len(layers)} layers")
+    right.set(xlabel="layer", ylabel="KL(model || lens), nats", yscale="log", title="by layer")
+    for axes in (left, right):
+        axes.legend()
+    figure.savefig(path, format="png", dpi=110)
 
 
 if __name__ == "__main__":

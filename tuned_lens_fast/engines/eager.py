@@ -167,7 +167,8 @@ def plan(
     best_rows, best_tile = CPU_CHUNK if head.weight.device.type == "cpu" else GPU_CHUNK
     smallest = min(MIN_TILE, head.vocab)
     tile = min(best_tile, head.vocab)
-    rows = min(best_rows, max(1, layers * positions))
+    # Of a gradient half the products have a tile's tokens for their depth, and want more rows.
+    rows = min(best_rows * (1 + gradient), max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
         sums = gradient or "kl" in query.stats
