@@ -59,7 +59,7 @@ SUITES: dict[str, dict[str, str]] = {
     "training": {
         "kl": "loss.py --weights real --loss kl --rounds 3",
         "ce": "loss.py --weights real --loss ce --rounds 3",
-        "few-mib": "loss.py --weights real --loss kl --budget-mib 8 --rounds 2",
+        "few-mib": "loss.py --budget-mib 8 --rounds 2",
         "linear_cross_entropy": "loss.py --positions 16 --loss ce --with-linear-cross-entropy --rounds 3",
     },
     # `make bench`: small, so that all of it takes a minute or two, and with one floor, so that two runs compare.
