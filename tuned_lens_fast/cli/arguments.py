@@ -90,3 +90,23 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
     )
     group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+
+
+def add_engine_options(command: argparse.ArgumentParser) -> None:
+    """How layers are read."""
+    from tuned_lens_fast.engines import ENGINES
+    from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
+
+    command.add_argument(
+        "--chunk", type=positive, metavar="N", help="positions that run at once (default: what the budget allows)"
+    )
+    command.add_argument(
+        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
+    )
+    command.add_argument(
+        "--memory-budget",
+        type=byte_count,
+        default=DEFAULT_MEMORY_BUDGET,
+        metavar="SIZE",
+        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
+    )

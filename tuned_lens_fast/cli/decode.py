@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
-from tuned_lens_fast.cli.arguments import add_model_options, byte_count, layer_numbers, positive
+from tuned_lens_fast.cli.arguments import add_engine_options, add_model_options, layer_numbers, positive
 from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
@@ -44,7 +44,6 @@ from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.data.table import table_of
 from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.decode import decode_model
-from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.statistics import STATISTICS
 from tuned_lens_fast.inputs import read_watch
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
@@ -56,7 +55,7 @@ from tuned_lens_fast.plotting import compare_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import check_length
-from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
+from tuned_lens_fast.validation import layers_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -102,17 +101,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--layers", type=layer_numbers, help='such as "0,5,10-20" (default: all; the output is always there)'
     )
-    command.add_argument(
-        "--chunk", type=positive, metavar="N", help="positions that run at once (default: what the budget allows)"
-    )
-    command.add_argument("--engine", choices=["auto", *ENGINES], default="auto", help="(default: auto)")
-    command.add_argument(
-        "--memory-budget",
-        type=byte_count,
-        default=DEFAULT_MEMORY_BUDGET,
-        metavar="SIZE",
-        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
-    )
+    add_engine_options(command)
     command.add_argument(
         "--out",
         type=Path,

@@ -17,21 +17,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, positive
+from tuned_lens_fast.cli.arguments import ALSO, add_engine_options, add_model_options, positive
 from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_lens, load_model, load_tokenizer, place_of
 from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.jsonl import read_jsonl
 from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.data.text_files import read_texts
-from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.streaming import check_length
 from tuned_lens_fast.training.documents import LONGEST, sequences
 from tuned_lens_fast.training.evaluation import CONFIDENCE, Evaluation, draw, evaluate, first, table
-from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET, layers_of
+from tuned_lens_fast.validation import layers_of
 
 #: Positions that the transfer matrix is measured on: each is read once for every two layers.
 TRANSFER_TOKENS = 4096
@@ -76,17 +75,7 @@ def add(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"positions that --transfer reads, the first ones (default: {TRANSFER_TOKENS:,})",
     )
-    command.add_argument("--chunk", type=positive, metavar="N", help="positions that run at once (default: what fits)")
-    command.add_argument(
-        "--engine", choices=["auto", *ENGINES], default="auto", help="what reads the layers (default: auto)"
-    )
-    command.add_argument(
-        "--memory-budget",
-        type=byte_count,
-        default=DEFAULT_MEMORY_BUDGET,
-        metavar="SIZE",
-        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
-    )
+    add_engine_options(command)
     command.add_argument(
         "--out",
         type=Path,
