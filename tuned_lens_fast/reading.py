@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import AffineLens, DecodableLens, Head, Query, Readout
-from tuned_lens_fast.engines.tiling import flattens
+from tuned_lens_fast.engines.tiling import flat_pieces
 from tuned_lens_fast.models.comparison import close
 
 
@@ -84,16 +84,6 @@ def transformed(lens: Any, hidden: Tensor, layer: int) -> Tensor:
 def decode_views(
     engine: Engine, entries: Sequence[Tensor], readout: Readout, query: Query, budget: int
 ) -> dict[str, Tensor]:
-    """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole.
-
-    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
-    """
-    if all(flattens(entry) for entry in entries):
-        flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
-        return engine.decode(flat, readout, query, budget)
-    parts = []
-    at_once = entries[0][0].numel() // entries[0].shape[-1]
-    for i in range(entries[0].shape[0]):
-        part = query.at(slice(i * at_once, (i + 1) * at_once))
-        parts.append(decode_views(engine, [entry[i] for entry in entries], readout, part, budget))
-    return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    """``engine.decode`` of entries ``[..., d_model]`` that are never copied as a whole."""
+    parts = [engine.decode(rows, readout, part, budget) for rows, part in flat_pieces(entries, query)]
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}

@@ -14,7 +14,6 @@ before the next chunk, and no more than the parameters' gradients outlives the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +23,7 @@ from tuned_lens_fast.engines.decoding import Engine, Reference
 from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query, Readout, Tiling
 from tuned_lens_fast.engines.state import State, Wanted
 from tuned_lens_fast.engines.statistics import LOG_FLOOR
-from tuned_lens_fast.engines.tiling import flattens, slices
+from tuned_lens_fast.engines.tiling import flat_pieces, slices
 from tuned_lens_fast.progress import report
 
 
@@ -93,26 +92,13 @@ def losses(
             if derivative.hidden:
                 found.hidden[i] = torch.empty(positions, h.shape[-1], dtype=gradient_dtype(h), device=h.device)
     start = 0
-    for piece, part in _flat_pieces(hidden, query):
+    for piece, part in flat_pieces(hidden, query):
         at = slice(start, start + piece[0].shape[0])
         own = Losses(rows[:, at], found.weights, found.biases, [g if g is None else g[at] for g in found.hidden])
         _walk(engine, piece, readout, part, None if shares is None else shares[:, at], memory_budget, own)
         start = at.stop
     found.hidden = [g if g is None else g.view(h.shape) for g, h in zip(found.hidden, hidden, strict=True)]
     return found
-
-
-def _flat_pieces(entries: Sequence[Tensor], query: Query) -> Iterator[tuple[list[Tensor], Query]]:
-    """Entries ``[..., width]`` as rows ``[positions, width]``, which are views, and the question about these.
-
-    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
-    """
-    if all(map(flattens, entries)):
-        yield [entry.reshape(-1, entry.shape[-1]) for entry in entries], query
-        return
-    at_once = entries[0][0].numel() // entries[0].shape[-1]
-    for i in range(entries[0].shape[0]):
-        yield from _flat_pieces([entry[i] for entry in entries], query.at(slice(i * at_once, (i + 1) * at_once)))
 
 
 def _walk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,25 @@ def even(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most)) if total else 1
 
 
-def flattens(entry: Tensor) -> bool:
+def _flattens(entry: Tensor) -> bool:
     """Whether ``[..., d_model]`` is a view ``[positions, d_model]``."""
     lead = [(size, stride) for size, stride in zip(entry.shape[:-1], entry.stride()[:-1], strict=True) if size != 1]
     return not entry.numel() or all(
         stride == inner_size * inner for (_, stride), (inner_size, inner) in itertools.pairwise(lead)
     )
+
+
+def flat_pieces(entries: Sequence[Tensor], query: Query) -> Iterator[tuple[list[Tensor], Query]]:
+    """Entries ``[..., width]`` as rows ``[positions, width]``, which are views, and the question about these.
+
+    Where positions do not lie evenly, as in a batch without its last position, the leading index goes one by one.
+    """
+    if all(map(_flattens, entries)):
+        yield [entry.reshape(-1, entry.shape[-1]) for entry in entries], query
+        return
+    at_once = entries[0][0].numel() // entries[0].shape[-1]
+    for i in range(entries[0].shape[0]):
+        yield from flat_pieces([entry[i] for entry in entries], query.at(slice(i * at_once, (i + 1) * at_once)))
 
 
 def empty_answer(layers: int, positions: int, query: Query, device: torch.device) -> dict[str, Tensor]:
