@@ -64,7 +64,7 @@ def native():
         "extra_link_args": linked,
         "py_limited_api": True,
     }
-    sources = ["csrc/tile.cpp", "csrc/matmul.cpp"]
+    sources = ["csrc/tile.cpp", "csrc/walk.cpp"]
     extensions = [CppExtension("tuned_lens_fast._native", sources, extra_compile_args=flags, **common)]
     if torch.version.cuda is not None and CUDA_HOME and Path(CUDA_HOME, "bin", "nvcc").exists():
         if not torch.cuda.is_available():  # else PyTorch builds for the GPUs it sees

@@ -2,7 +2,7 @@
 
 Of SmolLM2-135M's own hidden states: the largest difference from float64 of every statistic, as a share of what this
 package promises. The parts are multiplied by PyTorch's fp32 product, which is exact for products of bf16 numbers.
-It comes first, and then csrc/'s fp32 product for AVX2, on processors that it is for.
+It comes first, and then csrc/'s own fp32 product, on processors that have a unit for it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,23 @@ from torch import Tensor
 
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head
-from tuned_lens_fast.engines.matmul import FmaMatmul, Matmul, Packed, bf16_parts
-from tuned_lens_fast.engines.native import has_fma
+from tuned_lens_fast.engines.matmul import Matmul, NativeMatmul, Packed
+from tuned_lens_fast.engines.native import product_unit
 
 POSITIONS = 128
 #: Rows compared with float64.
 SAMPLE = 400
 #: Name -> parts of every number, and the most that the numbers of two parts that are multiplied add up to.
 SPLITS = {"one product": (1, 0), "three": (2, 1), "four": (2, 2), "six": (3, 2)}
+
+
+def bf16_parts(x: Tensor, count: int) -> list[Tensor]:
+    """x as a sum of bf16 numbers, each the rounded rest of those before."""
+    parts: list[Tensor] = []
+    for _ in range(count):
+        parts.append(x.bfloat16())
+        x = x - parts[-1]
+    return parts
 
 
 class SplitMatmul(Matmul):
@@ -35,10 +44,8 @@ class SplitMatmul(Matmul):
         super().__init__(head)
         self.parts, self.most = parts, most
 
-    def multiply(self, x: Packed, weight: Tensor) -> Tensor:
-        left, right = (
-            bf16_parts(each, self.parts)[:, : each.shape[0], : each.shape[1]].float() for each in (x.values, weight)
-        )
+    def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        left, right = (torch.stack(bf16_parts(each, self.parts)).float() for each in (x.values, weight))
         pairs = itertools.product(range(self.parts), repeat=2)
         return sum(
             (left[i] @ right[j].t() for i, j in sorted(pairs, key=sum, reverse=True) if i + j <= self.most),
@@ -50,7 +57,7 @@ def main() -> None:
     [problem] = problems("smollm2-135m", [], [POSITIONS], [], "real", dtype=torch.float32, device="cpu", budget=BUDGET)
     problem = problem.asking(*question("log_prob,rank,entropy,kl,top_10"))
     expected = expect(problem, SAMPLE)
-    products = {"PyTorch's fp32": Matmul, **({"AVX2's fp32": FmaMatmul} if has_fma() else {})}
+    products = {"PyTorch's fp32": Matmul, **({} if product_unit() == "plain" else {"csrc/'s fp32": NativeMatmul})}
     for name, product in (products | {name: partial(SplitMatmul, *split) for name, split in SPLITS.items()}).items():
         engine = EagerEngine()
         engine.matmul = product  # type: ignore[method-assign]

@@ -54,6 +54,15 @@ struct TopK {
       keys[at] = key;
     }
   }
+
+  // Of other tokens, in descending order as well.
+  void merge(const TopK& other) {
+    for (int64_t i = 0; i < k && other.keys[i] > keys[k - 1]; ++i) {
+      int64_t at = k - 1;
+      for (; at > 0 && keys[at - 1] < other.keys[i]; --at) keys[at] = keys[at - 1];
+      keys[at] = other.keys[i];
+    }
+  }
 };
 
 // What is kept of a row in memory: SUMS of tuned_lens_fast/engines/state.py.
@@ -94,6 +103,15 @@ ON_BOTH inline float fold(Running& row, const TileSums<float>& tile, float m, fl
   return rescale;
 }
 
+// Two rows' parts of the vocabulary together.
+inline void merge(Running& row, const Running& other) {
+  const float m = other.m > row.m ? other.m : row.m;
+  const float origin = m == -kInfinity ? 0.0f : m;
+  Running moved = other;
+  fold(moved, {}, m, origin);
+  fold(row, {moved.s, 0.0f, moved.t}, m, origin);
+}
+
 // The divergences, in the order in which their sums lie in memory.
 enum Divergence { kKl, kReverseKl, kJs, kTv, kDivergences };
 
@@ -107,6 +125,49 @@ struct Row {
   Running* sums;    // in: those so far; out: with this tile
   int64_t larger;   // out: tokens of this tile above the threshold
   float rescale;    // out: exp(m before - m now)
+};
+
+// What a pass knows of rows and finds out of them, each a value or a row of values for every row; null: not wanted.
+struct Found {
+  const int64_t* targets;
+  const float* threshold;  // null: a tile's own target's logit
+  Running* sums;
+  int64_t* r;
+  float* target;
+  int64_t* top;
+  int64_t k;
+  float* rescale;
+
+  TopK top_of(int64_t i) const { return {top + i * k, k}; }
+
+  // A row's logits of the tokens from `first` on.
+  template <typename AddTile>
+  void add(int64_t i, float* z, int64_t width, int64_t first, AddTile add_tile) const {
+    const int64_t column = targets ? targets[i] - first : -1;
+    const bool met = column >= 0 && column < width;
+    const float own = met ? z[column] : -kInfinity;
+    const float bound = !r ? kInfinity : threshold ? threshold[i] : own;
+    Row row{z, width, first, bound, top_of(i), rescale != nullptr, sums + i, 0, 0};
+    add_tile(row);
+    if (r) r[i] += row.larger - (met && own > bound);
+    if (target && met) target[i] = own;
+    if (rescale) rescale[i] = row.rescale;
+  }
+
+  void clear(int64_t i) const {
+    sums[i] = {-kInfinity, 0.0f, 0.0f};
+    if (r) r[i] = 0;
+    if (target) target[i] = -kInfinity;
+    for (int64_t j = 0; j < k; ++j) top_of(i).keys[j] = kNoKey;
+  }
+
+  // What was found of the same row in another part of the vocabulary.
+  void merge(int64_t i, const Found& other) const {
+    tuned_lens_fast::merge(sums[i], other.sums[i]);
+    if (r) r[i] += other.r[i];
+    if (target && other.target[i] > target[i]) target[i] = other.target[i];
+    if (k) top_of(i).merge(other.top_of(i));
+  }
 };
 
 struct Pair {

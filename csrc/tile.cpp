@@ -27,6 +27,7 @@ namespace {
 namespace plain {
 #define LANES 4
 #include "online_softmax.inl"
+#include "divergences.inl"
 #undef LANES
 }  // namespace plain
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -36,6 +37,7 @@ namespace plain {
 namespace avx2 {
 #define LANES 8
 #include "online_softmax.inl"
+#include "divergences.inl"
 #undef LANES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -44,6 +46,7 @@ namespace avx2 {
 namespace avx512 {
 #define LANES 16
 #include "online_softmax.inl"
+#include "divergences.inl"
 #undef LANES
 }  // namespace avx512
 #pragma GCC pop_options
@@ -75,28 +78,12 @@ void tile_pass(
   const int64_t rows = z.size(0), width = z.size(1), stride = z.stride(0);
   check_pass(z, sums, targets, threshold, r, target, top, rescale);
   float* const logits = z.mutable_data_ptr<float>();
-  const int64_t* const ids = read<int64_t>(targets);
-  const float* const thresholds = read<float>(threshold);
-  Running* const running = reinterpret_cast<Running*>(sums.mutable_data_ptr<float>());
-  int64_t* const rs = written<int64_t>(r);
-  float* const own = written<float>(target);
-  int64_t* const keys = written<int64_t>(top);
-  const int64_t k = top ? top->size(1) : 0;
-  float* const rescales = written<float>(rescale);
-
+  const Found found{
+      read<int64_t>(targets), read<float>(threshold), reinterpret_cast<Running*>(sums.mutable_data_ptr<float>()),
+      written<int64_t>(r), written<float>(target), written<int64_t>(top), top ? top->size(1) : 0,
+      written<float>(rescale)};
   torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* const row_z = logits + i * stride;
-      const int64_t column = ids ? ids[i] - first : -1;
-      const bool met = column >= 0 && column < width;
-      const float found = met ? row_z[column] : -kInfinity;
-      const float bound = !rs ? kInfinity : thresholds ? thresholds[i] : found;
-      Row row{row_z, width, first, bound, {keys + i * k, k}, rescales != nullptr, running + i, 0, 0};
-      processor().add_tile(row);
-      if (rs) rs[i] += row.larger - (met && found > bound);
-      if (own && met) own[i] = found;
-      if (rescales) rescales[i] = row.rescale;
-    }
+    for (int64_t i = begin; i < end; ++i) found.add(i, logits + i * stride, width, first, processor().add_tile);
   });
 }
 

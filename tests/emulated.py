@@ -33,19 +33,21 @@ COMPILER = _gcc()
 def _library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"{source}.so"
-        flags = ["-O2", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+        flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
         if os.uname().machine == "x86_64":
-            flags.append("-mfma")  # or every product of the emulated unit is a call
+            flags += ["-mavx2", "-mfma"]  # or every product of an emulated unit is a call
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))
         command = [COMPILER, *flags, "-I", ROOT / "csrc", ROOT / f"tests/emulation/{source}.cpp", "-o", out]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(out))
 
 
-def _call(source: str, name: str, *arguments: Tensor | int | None) -> None:
+def _call(source: str, name: str, *arguments: Tensor | float | None) -> None:
     """Call a C function with tensors' memory and numbers."""
     values = [
-        ctypes.c_void_p(value.data_ptr() if isinstance(value, Tensor) else value)
+        ctypes.c_float(value)
+        if isinstance(value, float)
+        else ctypes.c_void_p(value.data_ptr() if isinstance(value, Tensor) else value)
         if value is None or isinstance(value, Tensor)
         else ctypes.c_int64(value)
         for value in arguments
@@ -53,14 +55,42 @@ def _call(source: str, name: str, *arguments: Tensor | int | None) -> None:
     getattr(_library(source), name)(*values)
 
 
-def amx_matmul(x: Tensor, weight: Tensor, most: int, z: Tensor) -> None:
-    """The operator of that name, on AMX's instructions in software."""
-    assert x.is_contiguous()
-    assert all(rows.stride(1) == 1 or rows.shape[1] < 2 for rows in (weight, z))
-    split = weight.dtype == torch.float32
-    assert split or x.shape[0] == 1
-    of_x = (x.stride(0), x.stride(1), x.shape[0], most, z.shape[0])
-    _call("amx", "amx_matmul", x, *of_x, weight, *weight.shape, weight.stride(0), split, z, z.stride(0))
+class Unit:
+    """The operators on products, on a unit that this processor need not have: a name of TUNED_LENS_FAST_CPU."""
+
+    def __init__(self, name: str) -> None:
+        self.number = ("avx512", "avx512_bf16", "amx").index(name)
+
+    def _walk(self, x, weight, bias, scale, softcap, parts, most, *outs) -> None:
+        assert all(rows.stride(1) == 1 or rows.shape[1] < 2 for rows in (x, weight))
+        assert x.dtype == torch.float32
+        assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+        kind = (torch.float32, torch.bfloat16, torch.float16).index(weight.dtype)
+        # As csrc/walk.cpp has it: AMX where numbers have parts, pairs for what is bf16.
+        unit = (0 if not parts else 2) if self.number == 2 else min(self.number, kind % 2)
+        split = (parts, most) if unit == 2 else (1, 0)
+        of_x, of_w = (x, *x.shape, x.stride(0)), (weight, kind, weight.shape[0], weight.stride(0))
+        _call("walk", "walk", unit, *of_x, *of_w, bias, float(scale), float(softcap), *split, *outs)
+
+    def logits(self, x, weight, bias, scale, softcap, parts, most, z) -> None:
+        """The operator of that name."""
+        assert z.stride(1) == 1 or z.shape[1] < 2
+        self._walk(x, weight, bias, scale, softcap, parts, most, z, z.stride(0), *[None] * 6, 0)
+
+    def vocabulary_walk(
+        self, x, weight, bias, scale, softcap, parts, most, targets, threshold, sums, r, target, top
+    ) -> None:
+        """The operator of that name."""
+        k = 0 if top is None else top.shape[1]
+        found = (targets, threshold, sums, r, target, top, k)
+        self._walk(x, weight, bias, scale, softcap, parts, most, None, 0, *found)
+
+    def install(self, monkeypatch, native) -> None:
+        """Have the native engine take it."""
+        name = ("avx512", "avx512_bf16", "amx")[self.number]
+        monkeypatch.setattr(native, "product_unit", lambda: name)
+        for operator in ("logits", "vocabulary_walk"):
+            monkeypatch.setattr(torch.ops.tuned_lens_fast, operator, getattr(self, operator))
 
 
 def tile_pass(z, first, targets, threshold, sums, r, target, top, rescale) -> None:

@@ -17,27 +17,28 @@ from tuned_lens_fast.engines.matmul import Matmul
 from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
 
 BUDGET = 256 * 2**20
-#: In software, where there is none.
-AMX = pytest.param("native-amx", marks=[] if native.has_amx() else pytest.mark.slow)
+#: Units for products that the native engine is run with beside this processor's, which is run as it is.
+OTHERS = [unit for unit in ("avx512", "avx512_bf16", "amx") if unit != native.product_unit()]
 ENGINE = EagerEngine()
 
 
-@pytest.fixture(autouse=True, params=["eager", "native", "native-torch", AMX])
+@pytest.fixture(
+    autouse=True,
+    params=["eager", "native", "native-plain", *(pytest.param(f"native-{u}", marks=pytest.mark.slow) for u in OTHERS)],
+)
 def engine(request, monkeypatch):
     """Every test here runs with both, and of the native engine with each of its products.
 
-    Those are the one that it takes here, PyTorch's, and AMX's, in software where there is none.
+    Those are the one that it takes here, PyTorch's ("plain"), and other units', in software.
     """
-    name, _, matmul = request.param.partition("-")
+    name, _, unit = request.param.partition("-")
     reason = ENGINES[name].unavailable(torch.device("cpu"))
-    if matmul == "torch":
-        monkeypatch.setattr(native, "has_amx", lambda: False)
-        monkeypatch.setattr(native, "has_fma", lambda: False)
-    if reason is None and matmul == "amx" and not native.has_amx():
+    if unit == "plain":
+        monkeypatch.setattr(native, "product_unit", lambda: "plain")
+    elif reason is None and unit:
         if emulated.COMPILER is None:
-            reason = "there is no AMX here, and no GCC to do without"
-        monkeypatch.setattr(native, "has_amx", lambda: True)
-        monkeypatch.setattr(torch.ops.tuned_lens_fast, "amx_matmul", emulated.amx_matmul)
+            reason = "there is no such unit here, and no GCC to do without"
+        emulated.Unit(unit).install(monkeypatch, native)
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setitem(globals(), "ENGINE", ENGINES[name])

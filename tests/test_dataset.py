@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_the_engine_it_began_with(tiny, lens, documents, tmp_
     assert len(pq.read_table(out)) == (LAYERS + 1) * sum(map(len, documents))
     ids = tl.decode_model(model, lens, documents[0], out=tmp_path / "one", engine="eager")
     tl.decode_model(model, lens, documents[0], out=ids)
-    if tl.engines()["native"] == "ok":
+    if tl.engines()["native"].startswith("ok"):
         with pytest.raises(ValueError, match=r"another engine \(eager there, native here\)"):
             tl.decode_documents(model, lens, documents, out=out, engine="native")
         monkeypatch.setattr(type(ENGINES["eager"]), "unavailable", lambda *_: None)

@@ -1,23 +1,17 @@
-"""csrc/ for AMX and for GPUs, run on any CPU: the products against float64, the passes against the engines' definition.
+"""csrc/ for GPUs, run on any CPU: the passes against the engines' definition.
 
-tests/test_cpu_engines.py decodes with the emulated AMX unit as well.
+What it has for CPUs that need not be here is in tests/test_matmuls.py.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
-from tuned_lens_fast.engines.interface import Norm, Readout
-from tuned_lens_fast.engines.matmul import AmxMatmul, Matmul, bf16_parts
 from tuned_lens_fast.engines.native import MOST_IN_PASS
 from tuned_lens_fast.engines.state import EXP_FLOOR, NO_KEY, State, key_ids, key_logits
 
@@ -25,115 +19,11 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 from cases import DIVERGENCES, ONE_PASS, problem
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="there is no GCC here")
-#: How numbers of a dtype are split, and how far off their products may be: relative, and beside fp32's own sums.
-SPLITS = [
-    (torch.bfloat16, 1, 0, 2**-21),
-    (torch.float16, 2, 2, 2**-21),
-    (torch.float32, 2, 1, 2**-15),
-    (torch.float32, 3, 2, 2**-21),
-]
 INF, NAN = float("inf"), float("nan")
-
-
-def held(weight):
-    """As the engine holds it: 16-bit numbers that are no bf16 in fp32."""
-    return weight if weight.dtype == torch.bfloat16 else weight.float()
 
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class TestAmx:
-    @given(
-        rows=st.integers(1, 70),
-        width=st.integers(1, 100),
-        d_model=st.integers(1, 100),
-        split=st.sampled_from(SPLITS),
-        seed=st.integers(0, 99),
-    )
-    @settings(max_examples=100, deadline=None)
-    def test_against_float64(self, rows, width, d_model, split, seed):
-        dtype, parts, most, off = split
-        x = normal(rows, d_model, seed=seed).to(dtype)
-        weight = normal(width + 3, d_model + 5, seed=seed + 1).to(dtype)[1:-2, 2:-3]  # strided, off any boundary
-        room = torch.full((rows + 2, width + 7), NAN)
-        z = room[1:-1, 3:-4]
-        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, z)
-        allowed = off * (x.double().abs() @ weight.double().abs().T) + 1e-30
-        assert ((z - x.double() @ weight.double().T).abs() <= allowed).all()
-        z.fill_(NAN)
-        assert room.isnan().all(), "it wrote beside z"
-
-    @pytest.mark.parametrize(("dtype", "parts", "most", "_"), SPLITS)
-    def test_a_token_and_a_row_give_the_same_bits_wherever_they_stand(self, dtype, parts, most, _):
-        x, weight = normal(40, 50).to(dtype), normal(90, 50, seed=1).to(dtype)
-        whole, part = torch.empty(40, 90), torch.empty(7, 33)
-        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, whole)
-        emulated.amx_matmul(bf16_parts(x[31:38], parts), held(weight[19:52]), most, part)
-        assert torch.equal(part, whole[31:38, 19:52])
-
-    @pytest.mark.parametrize(("dtype", "parts", "most", "_"), SPLITS)
-    def test_what_is_no_number_stays_in_its_row_or_token(self, dtype, parts, most, _):
-        x, weight = normal(40, 50).to(dtype), normal(90, 50, seed=1).to(dtype)
-        clean, harmed = torch.empty(40, 90), torch.empty(40, 90)
-        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, clean)
-        x[5, 7] = NAN
-        weight[11, 49] = INF
-        weight[12, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a NaN that rounds up to -0
-        emulated.amx_matmul(bf16_parts(x, parts), held(weight), most, harmed)
-        bad = torch.zeros(40, 90, dtype=torch.bool)
-        bad[5], bad[:, 11:13] = True, True
-        assert torch.equal(harmed[~bad], clean[~bad])
-        assert not harmed[bad].isfinite().any()
-
-    def test_the_plan_counts_what_the_product_needs(self, monkeypatch):
-        asked = problem(torch.float32, 4096, 3000, "cpu", top_k=1)
-        cut = []
-        monkeypatch.setattr(native, "has_fma", lambda: False)
-        for amx in (False, True):
-            monkeypatch.setattr(native, "has_amx", lambda amx=amx: amx)
-            sizes = (6, torch.float32, Readout([None, None], Norm("identity"), asked.head), asked.query, 2**28)
-            cut.append(ENGINES["native"].plan(*sizes))
-        plain, split = cut
-        assert (plain.layers, plain.positions, plain.tile) == (split.layers, split.positions, split.tile)
-        packed = min(torch.get_num_threads(), -(-split.tile // 32)) * 32 * 4096 * 3 * 2
-        parts = 2 * 32 * 4096 * (4 + 3 * 2)
-        assert split.scratch - plain.scratch >= packed + parts
-
-    def test_parts_add_up(self):
-        x = normal(33, 50) * 10.0 ** torch.arange(33).sub(16).unsqueeze(1)
-        for count, off in ((1, 2**-8), (2, 2**-17), (3, 0)):
-            parts = bf16_parts(x, count)
-            assert parts.shape == (count, 64, 64)
-            assert not parts[:, 33:].any()
-            assert not parts[:, :, 50:].any()
-            rest = parts.double().sum(0)[:33, :50] - x.double()
-            assert (rest.abs() <= off * x.double().abs()).all()
-
-    @pytest.mark.parametrize(
-        ("dtype", "precision", "split"),
-        [
-            (torch.float32, "none", (3, 2)),
-            (torch.float32, "ieee", None),
-            (torch.float32, "tf32", (2, 1)),
-            (torch.float32, "bf16", (2, 1)),
-            (torch.float16, "ieee", (2, 2)),
-            (torch.bfloat16, "ieee", (1, 0)),
-            (torch.float64, "none", None),
-        ],
-    )
-    def test_pytorch_s_setting_says_how_exact_fp32_is(self, dtype, precision, split, monkeypatch):
-        monkeypatch.setattr(torch.backends.mkldnn, "matmul", SimpleNamespace(fp32_precision=precision))
-        head = problem(torch.float32, 40, 100, "cpu").head
-        head = dataclasses.replace(head, weight=head.weight.to(dtype))
-        monkeypatch.setattr(native, "has_fma", lambda: False)
-        monkeypatch.setattr(native, "has_amx", lambda: False)
-        assert type(ENGINES["native"].matmul(head)) is Matmul
-        monkeypatch.setattr(native, "has_amx", lambda: True)
-        product = ENGINES["native"].matmul(head)
-        assert isinstance(product, AmxMatmul) == (split is not None)
-        assert split is None or (product.parts, product.most) == split
 
 
 RUNNING = frozenset({"t", "r", "target"})

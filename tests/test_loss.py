@@ -29,8 +29,7 @@ def engine(request, monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     if matmul == "torch":
-        monkeypatch.setattr(native, "has_amx", lambda: False)
-        monkeypatch.setattr(native, "has_fma", lambda: False)
+        monkeypatch.setattr(native, "product_unit", lambda: "plain")
     return name
 
 
@@ -183,11 +182,10 @@ def test_dtypes(dtype, kind, engine):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_on_amx(dtype, monkeypatch):
     """In software, where there is none."""
-    if not native.has_amx():
+    if native.product_unit() != "amx":
         if emulated.COMPILER is None:
             pytest.skip("there is no AMX here, and no GCC to do without")
-        monkeypatch.setattr(native, "has_amx", lambda: True)
-        monkeypatch.setattr(torch.ops.tuned_lens_fast, "amx_matmul", emulated.amx_matmul)
+        emulated.Unit("amx").install(monkeypatch, native)
     lens, hidden, reference, _ = problem("identity", dtype=dtype)
     lens.unembed.norm = Norm("identity")
     lens.translators = [None] * 3

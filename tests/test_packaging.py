@@ -126,7 +126,7 @@ def engines_of(wheel, folder):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
 def test_a_wheel_holds_the_native_engine(wheel, tmp_path):
     assert "-abi3-" in Path(wheel.filename).name
-    assert engines_of(wheel, tmp_path)["native"] == "ok"
+    assert engines_of(wheel, tmp_path)["native"].startswith("ok")
 
 
 @pytest.mark.slow

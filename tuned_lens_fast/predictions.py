@@ -219,9 +219,9 @@ class _MaskedEngine(EagerEngine):
 
 
 class _MaskedProducts(Matmul):
-    def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
+    def _transformed(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
         assert self.head.bias is not None
-        return super()._logits(z, tokens).masked_fill_(self.head.bias[tokens].isneginf(), -torch.inf)
+        return super()._transformed(z, tokens).masked_fill_(self.head.bias[tokens].isneginf(), -torch.inf)
 
 
 def masked(head: Head, ids: Tensor) -> Head:

@@ -19,8 +19,15 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (TritonEngine(),
 
 
 def engines() -> dict[str, str]:
-    """Engine name -> "ok", or why it does not work on this machine and what would change that."""
-    return {name: engine.unavailable() or "ok" for name, engine in ENGINES.items()}
+    """Engine name -> "ok", with the path it takes on this machine, or why it does not work and what would change that.
+
+    Such as "ok (AVX-512 with bf16)", of what multiplies on a CPU.
+    """
+    paths = {name: engine.path() for name, engine in ENGINES.items()}
+    return {
+        name: engine.unavailable() or (f"ok ({paths[name]})" if paths[name] else "ok")
+        for name, engine in ENGINES.items()
+    }
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> Engine:

@@ -48,6 +48,10 @@ class Engine(abc.ABC):
         Else why not, and what would change that.
         """
 
+    def path(self) -> str:
+        """What of the machine it uses, where that differs from one to the next; else nothing."""
+        return ""
+
     @abc.abstractmethod
     def plan(
         self,

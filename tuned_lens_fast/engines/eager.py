@@ -57,7 +57,7 @@ class EagerEngine(Engine):
         targets = threshold = None
         if wanted.targets is not None:
             targets = wanted.targets.repeat(x.shape[0] // len(wanted.targets))
-            if "r" in wanted.running and width < head.vocab:
+            if "r" in wanted.running and (width < head.vocab or not matmul.shape_dependent):
                 threshold = matmul.target_logits(rows, wanted.targets, width)
         return self.tile_passes(matmul, rows, wanted, targets, threshold, width).closed(targets)
 
@@ -172,7 +172,8 @@ def plan(
 
     def needed(rows: int, tile: int) -> int:
         sums = gradient or "kl" in query.stats
-        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + matmul.scratch(rows, tile, sums)
+        product = matmul.scratch(rows, tile, query.top_k, sums)
+        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + product
 
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
         if tile > smallest and (tile >= rows or rows == 1):

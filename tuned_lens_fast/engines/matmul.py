@@ -1,6 +1,6 @@
-"""Logits of a vocabulary tile: PyTorch's matrix product, and those that csrc/ has for CPUs.
+"""Logits of a vocabulary tile: PyTorch's matrix product, and the one that csrc/ has for x86 processors.
 
-x is put into the order that a product wants once, and then multiplied by one tile of W after another. Operands have the
+x is put into the form that a product wants once, and then multiplied by one tile of W after another. Operands have the
 head's precision, sums and logits are fp32.
 """
 
@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines.interface import Head
+from tuned_lens_fast.engines.state import SUMS, State, Wanted
 from tuned_lens_fast.engines.tiling import slices
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Rows and columns that AMX's registers hold; x is padded to multiples of it.
-AMX_BLOCK = 32
-#: Rows that AVX2's product takes at once, and at most how much of W a thread packs: tokens and their weights.
-FMA_ROWS, FMA_BLOCK = 6, (64, 256)
-#: Of W, for AVX2's product; its sums are of fp32.
-FMA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Of W, that csrc/ multiplies; its sums are of fp32.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The most rows and tokens that csrc/ sums at once; of W a thread packs so many tokens and bytes, or LEAF tokens.
+LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 128, 2**18
 
 
 def constant_in_graphs(function: Function) -> Function:
@@ -78,7 +77,7 @@ class Matmul:
             self._wide = weight.new_empty(weight.shape, dtype=self.operand)
         return self._wide[: len(weight)].copy_(weight)
 
-    def scratch(self, rows: int, tile: int, sums: bool) -> int:
+    def scratch(self, rows: int, tile: int, top_k: int, sums: bool) -> int:
         """Bytes that products need beside x, a tile of W in fp32 and the logits; ``sums``: also those that add up."""
         return 0
 
@@ -105,7 +104,7 @@ class Matmul:
         weight = self.head.weight[tokens]
         if out is not None and len(weight) < out.shape[1]:
             out = out[:, : len(weight)]
-        return self._logits(self.multiply(x, weight, out), tokens)[:, skip:]
+        return self.logits(x, weight, tokens, out)[:, skip:]
 
     def target_logits(self, x: Packed, targets: Tensor, width: int) -> Tensor:
         """Every row's target logit by a tile's own arithmetic: the diagonal of a product with the targets' rows of W.
@@ -114,13 +113,9 @@ class Matmul:
         targets int64 ``[positions]``, no more than ``width`` of them, a tile's tokens; fp32 ``[rows]``.
         """
         at_once, ids = targets.shape[0], targets.clamp(min=0)
-        weight = self.head.weight[ids]
-        if self.shape_dependent:
-            # What stands in the rest does not matter, its columns are dropped.
-            as_wide = weight.new_empty(width, weight.shape[1])
-            as_wide[:at_once] = weight
-            weight = as_wide
-        z = self._logits(self.multiply(x, weight)[:, :at_once], ids).unflatten(0, (-1, at_once))
+        if self.shape_dependent:  # any tokens will do for the rest, whose columns are dropped
+            ids = torch.nn.functional.pad(ids, (0, width - at_once))
+        z = self.logits(x, self.head.weight[ids], ids)[:, :at_once].unflatten(0, (-1, at_once))
         return z.diagonal(dim1=1, dim2=2).flatten()
 
     def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
@@ -136,8 +131,11 @@ class Matmul:
         else:
             sums.addmm_(shares, self._widened(weight).float())
 
-    def _logits(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
-        """What the model makes of the products of these tokens."""
+    def logits(self, x: Packed, weight: Tensor, tokens: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        """What the model makes of the products with ``weight``, the rows of W of these tokens; see :meth:`multiply`."""
+        return self._transformed(self.multiply(x, weight, out), tokens)
+
+    def _transformed(self, z: Tensor, tokens: slice | Tensor) -> Tensor:
         head = self.head
         if head.bias is not None:
             z += head.bias[tokens].float()
@@ -146,67 +144,65 @@ class Matmul:
         return z if head.softcap is None else z.div_(head.softcap).tanh_().mul_(head.softcap)
 
 
-class FmaMatmul(Matmul):
-    """On AVX2's fused multiply-adds, in fp32 throughout; weights of 16 bits are widened a block at a time."""
+class NativeMatmul(Matmul):
+    """csrc/'s: in fp32, or of pairs of bf16 where the processor multiplies these, into fp32."""
 
     shape_dependent = False
 
-    def pack(self, x: Tensor) -> Packed:
-        """``[packs, d_model, 6]``: six rows side by side, with zeros for those there are not."""
-        packs = -(-x.shape[0] // FMA_ROWS)
-        padded = torch.nn.functional.pad(x.float(), (0, 0, 0, packs * FMA_ROWS - x.shape[0]))
-        return Packed(x.shape[0], padded.unflatten(0, (packs, FMA_ROWS)).transpose(1, 2).contiguous())
-
-    def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        z = self.room(x.rows, weight.shape[0]) if out is None else out
-        torch.ops.tuned_lens_fast.fma_matmul(x.values, _rows_contiguous(weight), z)
-        return z
-
-    def scratch(self, rows: int, tile: int, sums: bool) -> int:
-        weight = self.head.weight
-        # Of the rows and of the reference: x padded and packed. Of every thread: a block of W.
-        x = 2 * 2 * (rows + FMA_ROWS) * weight.shape[1] * 4
-        block = _threads() * FMA_BLOCK[0] * (min(weight.shape[1], FMA_BLOCK[1]) + 8) * 4
-        return x + block + tile * weight.shape[1] * weight.itemsize * (weight.stride(1) != 1)
-
-
-class AmxMatmul(Matmul):
-    """On AMX, which multiplies bf16 alone: as many bf16 products as :func:`bf16_split` says."""
-
-    shape_dependent = False
-
-    def __init__(self, head: Head, parts: int, most: int) -> None:
+    def __init__(self, head: Head, parts: int = 0, most: int = 0) -> None:
+        """``parts``, ``most``: of :func:`bf16_split`, where AMX is to be used; 0 where it is not."""
         super().__init__(head)
         self.parts, self.most = parts, most
+        self.bias = None if head.bias is None else head.bias.float().contiguous()
 
     def pack(self, x: Tensor) -> Packed:
-        """``[parts, rows, d_model]`` in bf16."""
-        return Packed(x.shape[0], bf16_parts(x.float(), self.parts))
+        return Packed(x.shape[0], x.float().contiguous())
 
     def multiply(self, x: Packed, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        weight = weight if weight.dtype == torch.bfloat16 else self._widened(weight)
-        z = self.room(x.rows, weight.shape[0]) if out is None else out
-        torch.ops.tuned_lens_fast.amx_matmul(x.values, _rows_contiguous(weight), self.most, z)
+        return self._multiply(x.values, weight, (None, 1.0, 0.0), out)
+
+    def logits(self, x: Packed, weight: Tensor, tokens: slice | Tensor, out: Tensor | None = None) -> Tensor:
+        bias = None if self.bias is None else self.bias[tokens]
+        return self._multiply(x.values, weight, (bias, self.head.scale, self.head.softcap or 0.0), out)
+
+    def _multiply(
+        self, x: Tensor, weight: Tensor, transform: tuple[Tensor | None, float, float], out: Tensor | None = None
+    ) -> Tensor:
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        z = self.room(len(x), len(weight)) if out is None else out
+        torch.ops.tuned_lens_fast.logits(x, weight, *transform, self.parts, self.most, z)
         return z
 
-    def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
-        if exact and self.parts == 1:
-            super().add_rows_of_weight(sums, shares, tokens, exact)
-            return
-        weight = self.head.weight[tokens]
-        weight = (weight if weight.dtype == torch.bfloat16 else weight.float()).t().contiguous()
-        added = self.room(*sums.shape)
-        torch.ops.tuned_lens_fast.amx_matmul(bf16_parts(shares, self.parts), weight, self.most, added)
-        sums += added
+    def walk(self, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None) -> State:
+        """The state of every row after the whole vocabulary, no logit of which leaves a processor's first-level cache.
 
-    def scratch(self, rows: int, tile: int, sums: bool) -> int:
-        weight = self.head.weight
-        blocks, d_model = -(-tile // AMX_BLOCK), _padded(weight.shape[1])
-        # Of the rows and of the reference: x and its parts. Of every thread: a block of W in its parts.
-        x = 2 * _padded(rows) * d_model * (4 + 2 * self.parts)
-        block = min(_threads(), blocks) * 2 * AMX_BLOCK * (d_model + _padded(tile) * sums) * self.parts
-        adding = (_padded(rows) * _padded(tile) * 2 * self.parts + rows * d_model * 4) * sums
-        return x + block + adding + tile * d_model * 4 * ((weight.stride(1) != 1) + sums)
+        W's rows have to be contiguous; targets and threshold are those of ``EagerEngine.tile_passes``.
+        """
+        head, sums = self.head, x.values.new_empty(x.rows, len(SUMS))
+        r = sums.new_empty(x.rows, dtype=torch.int64) if "r" in wanted.running else None
+        target = None if targets is None else sums.new_empty(x.rows)
+        top = sums.new_empty(x.rows, wanted.top_k, dtype=torch.int64) if wanted.top_k else None
+        product = (x.values, head.weight, self.bias, head.scale, head.softcap or 0.0, self.parts, self.most)
+        torch.ops.tuned_lens_fast.vocabulary_walk(*product, targets, threshold, sums, r, target, top)
+        return State(**dict(zip(SUMS, sums.unbind(1), strict=True)), r=r, target=target, top=top)
+
+    def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
+        if not self.parts or (exact and self.parts == 1):
+            super().add_rows_of_weight(sums, shares, tokens, exact)
+        else:
+            sums += self._multiply(shares, self.head.weight[tokens].t().contiguous(), (None, 1.0, 0.0))
+
+    def scratch(self, rows: int, tile: int, top_k: int, sums: bool) -> int:
+        weight, parts = self.head.weight, max(1, self.parts)
+        deep, added = weight.shape[1] + LEAF, (tile + LEAF) * sums * bool(self.parts)
+        # Of the rows and of the reference: x in fp32. Of those that are multiplied: their parts.
+        x = (rows + LEAF) * 4 * (2 * weight.shape[1] + parts * max(deep, added))
+        # Of every thread: a block of W, its logits, and what is found of every row.
+        thread = max(BLOCK_BYTES, LEAF * max(deep, added) * 4 * parts) + LEAF * BLOCK_TOKENS * 4
+        thread += rows * 8 * (3 + top_k)
+        bias = 0 if self.bias is None else self.head.vocab * 4
+        copies = tile * weight.shape[1] * 4 * ((weight.stride(1) != 1) + bool(added)) + rows * deep * 4 * bool(added)
+        return x + _threads() * thread + bias + copies
 
 
 def bf16_split(dtype: torch.dtype, fp32_precision: str) -> tuple[int, int] | None:
@@ -221,25 +217,6 @@ def bf16_split(dtype: torch.dtype, fp32_precision: str) -> tuple[int, int] | Non
         torch.float16: (2, 2),
         torch.float32: {"none": (3, 2), "ieee": None}.get(fp32_precision, (2, 1)),
     }.get(dtype)
-
-
-def bf16_parts(x: Tensor, count: int) -> Tensor:
-    """x ``[rows, d_model]`` as a sum of bf16 ``[count, rows, d_model]``, padded with zeros for AMX's registers."""
-    rows, d_model = map(_padded, x.shape)
-    parts = x.new_zeros(count, rows, d_model, dtype=torch.bfloat16)
-    inside = parts[:, : x.shape[0], : x.shape[1]]
-    for part in inside:
-        part.copy_(x)
-        x = x - part
-    return parts
-
-
-def _rows_contiguous(weight: Tensor) -> Tensor:
-    return weight if weight.stride(1) == 1 else weight.contiguous()
-
-
-def _padded(size: int) -> int:
-    return -(-size // AMX_BLOCK) * AMX_BLOCK
 
 
 @constant_in_graphs

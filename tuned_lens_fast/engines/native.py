@@ -1,9 +1,9 @@
-"""The native engine: a product a tile, then one pass over the tile while it is in cache.
+"""The native engine: on x86 logits that are met in a processor's first-level cache and never leave it.
 
-It cuts its work as the eager engine does, which walks memory several times a tile; here csrc/ takes a tile's statistics
-in one pass. On a CPU no tile leaves the cache, so that of many rows the whole costs less than the bare product that
-writes all logits to memory; for processors with AVX2 alone, and with AMX, csrc/ has the product as well (matmul.py). On
-a GPU the tile is in the engine's scratch.
+Elsewhere, and where something else needs a tile's logits, it cuts its work as the eager engine does, which walks memory
+several times a tile: here csrc/ takes a tile's statistics in one pass. On a CPU no tile leaves the cache, so that of
+many rows the whole costs less than the bare product that writes all logits to memory. On a GPU the tile is in the
+engine's scratch. matmul.py says which product is whose.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from tuned_lens_fast.engines.decoding import Reference
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head, Tiling
 from tuned_lens_fast.engines.matmul import (
-    FMA_DTYPES,
-    AmxMatmul,
-    FmaMatmul,
+    NATIVE_DTYPES,
     Matmul,
+    NativeMatmul,
     Packed,
     bf16_split,
     constant_in_graphs,
@@ -33,6 +32,14 @@ from tuned_lens_fast.engines.statistics import DIVERGENCES
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
+#: What multiplies on CPUs, as the processor's unit is named in TUNED_LENS_FAST_CPU, and to people.
+UNITS = {
+    "plain": "products by PyTorch",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512 with bf16",
+    "amx": "AMX",
+}
 #: How a build that says what fails is had.
 _BUILD = "pip install --no-build-isolation tuned-lens-fast (TUNED_LENS_FAST_NATIVE=1 makes the build say what fails)"
 
@@ -52,7 +59,9 @@ def _load(library: str, wants: str, operators: Sequence[str]) -> str | None:
 
 
 #: Why the engine works nowhere; None where it does.
-MISSING = _load("_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "fma_matmul"))
+MISSING = _load(
+    "_native", "a C++ compiler and PyTorch 2.10 or newer", ("tile_pass", "tile_divergences", "vocabulary_walk")
+)
 
 
 @functools.cache
@@ -76,22 +85,16 @@ if MISSING is None:
 
     @torch.library.register_fake("tuned_lens_fast::tile_pass")
     @torch.library.register_fake("tuned_lens_fast::tile_divergences")
-    @torch.library.register_fake("tuned_lens_fast::fma_matmul")
-    @torch.library.register_fake("tuned_lens_fast::amx_matmul")
+    @torch.library.register_fake("tuned_lens_fast::logits")
+    @torch.library.register_fake("tuned_lens_fast::vocabulary_walk")
     def _writes_only(*_: Any) -> None:
         """All write into tensors they are given."""
 
 
 @constant_in_graphs
-def has_amx() -> bool:
-    """Whether products can run on this processor's AMX unit."""
-    return MISSING is None and torch.ops.tuned_lens_fast.has_amx()
-
-
-@constant_in_graphs
-def has_fma() -> bool:
-    """Whether products can run on this processor's AVX2 unit, and have no wider one to run on."""
-    return MISSING is None and torch.ops.tuned_lens_fast.has_fma()
+def product_unit() -> str:
+    """The unit of this processor that csrc/ multiplies on, a key of UNITS; "plain": none, and PyTorch multiplies."""
+    return "plain" if MISSING is not None else torch.ops.tuned_lens_fast.product_unit()
 
 
 @constant_in_graphs
@@ -112,17 +115,22 @@ class NativeEngine(EagerEngine):
             return missing_on_cuda(device.index)
         return "it runs on CPUs and NVIDIA GPUs; use engine='eager'"
 
+    def path(self) -> str:
+        return UNITS[product_unit()]
+
     def matmul(self, head: Head) -> Matmul:
-        if head.weight.device.type == "cpu":
-            if has_amx() and (split := bf16_split(head.weight.dtype, fp32_precision())):
-                return AmxMatmul(head, *split)
-            if has_fma() and head.weight.dtype in FMA_DTYPES:
-                return FmaMatmul(head)
-        return Matmul(head)
+        if head.weight.device.type != "cpu" or head.weight.dtype not in NATIVE_DTYPES or product_unit() == "plain":
+            return Matmul(head)
+        split = bf16_split(head.weight.dtype, fp32_precision()) if product_unit() == "amx" else None
+        return NativeMatmul(head, *(split or ()))
 
     def tile_passes(
         self, matmul: Matmul, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None, width: int
     ) -> State:
+        threshold = None if threshold is None else threshold.contiguous()
+        contiguous = matmul.head.weight.stride(1) == 1  # else W is made so, a tile at a time
+        if isinstance(matmul, NativeMatmul) and contiguous and not wanted.u and wanted.top_k <= MOST_IN_PASS:
+            return matmul.walk(x, wanted, targets, threshold)
         device = x.values.device
         sums = torch.zeros(x.rows, len(SUMS), dtype=torch.float32, device=device)
         sums[:, 0] = -torch.inf
@@ -133,8 +141,6 @@ class NativeEngine(EagerEngine):
         u, rescale = None, None
         if wanted.u:
             u, rescale = sums.new_zeros(x.rows, matmul.head.weight.shape[1]), sums.new_empty(x.rows)
-        if threshold is not None:
-            threshold = threshold.contiguous()
         room = matmul.room(x.rows, width)
         for tile in matmul.tiles(width):
             z = matmul(x, tile, width, room)
