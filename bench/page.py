@@ -7,8 +7,8 @@
 
 measures pages of the first 64, 512, ... positions, or a page that is there: its bytes, the time from opening it to its
 first picture, and the time from frame to frame while it scrolls, in one process of Chromium without a GPU. The first
-opening, which starts the browser's own processes, is not counted. The last line takes a picture of a view instead, which
-is what follows # in the page's address.
+opening, which starts the browser's own processes, is not counted. The last line takes a picture of a view instead: what
+follows # in the page's address.
 """
 
 import argparse
