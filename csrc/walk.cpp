@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -93,7 +92,8 @@ Instructions unit() {
   return found;
 }
 
-std::string product_unit() { return kInstructions[static_cast<int>(unit())]; }
+// Its number among UNITS of tuned_lens_fast/engines/native.py. Not its name: PyTorch's stable ABI leaks strings.
+int64_t product_unit() { return static_cast<int64_t>(unit()); }
 
 // `parts` 0: no product of bf16 parts is to be taken for fp32.
 void run(const Walk& f) {
@@ -107,7 +107,7 @@ void run(const Walk& f) {
   if (unit() >= Instructions::kAvx512) return avx512::walk(whole, parallel);
   if (unit() == Instructions::kAvx2) return avx2::walk(whole, parallel);
 #endif
-  STD_TORCH_CHECK(false, "there is no unit for products here: ", product_unit());
+  STD_TORCH_CHECK(false, "there is no unit for products here");
 }
 
 using torch::headeronly::ScalarType;
@@ -170,7 +170,7 @@ void vocabulary_walk(
 }  // namespace tuned_lens_fast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
-  library.def("product_unit() -> str");
+  library.def("product_unit() -> int");
   library.def(
       "logits(Tensor x, Tensor weight, Tensor? bias, float scale, float softcap, int parts, int most, Tensor(a!) z) "
       "-> ()");

@@ -32,7 +32,7 @@ from tuned_lens_fast.engines.statistics import DIVERGENCES
 
 #: Above so many, the pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
-#: What multiplies on CPUs, as the processor's unit is named in TUNED_LENS_FAST_CPU, and to people.
+#: What multiplies on CPUs, as it is named in TUNED_LENS_FAST_CPU and to people, in the order of csrc/processor.h.
 UNITS = {
     "plain": "products by PyTorch",
     "avx2": "AVX2",
@@ -94,7 +94,7 @@ if MISSING is None:
 @constant_in_graphs
 def product_unit() -> str:
     """The unit of this processor that csrc/ multiplies on, a key of UNITS; "plain": none, and PyTorch multiplies."""
-    return "plain" if MISSING is not None else torch.ops.tuned_lens_fast.product_unit()
+    return list(UNITS)[0 if MISSING is not None else torch.ops.tuned_lens_fast.product_unit()]
 
 
 @constant_in_graphs
