@@ -195,7 +195,8 @@ def show(case: Case) -> None:
     """One case as lines in the terminal."""
     sizes = f"{case['layers']} layers x {case['positions']} positions x {case['vocab']} tokens, d {case['d_model']}"
     print(f"\n{case['preset']}: {sizes}, {case['dtype']}, {case['threads']} threads; {case['statistics']}")
-    print(f"{'':20} {'seconds':>9} {'quartiles':>19} calls  over product    MiB  error")
+    print(f"{'':20} {'seconds':>9} {'quartiles':>19} calls  over product  over linear    MiB  error")
+    linear = case["contenders"].get("linear", {}).get("seconds")
     for name, entry in case["contenders"].items():
         if "seconds" not in entry:
             print(f"{name:20} {entry['status']}: {entry['why']}")
@@ -204,6 +205,7 @@ def show(case: Case) -> None:
         print(
             f"{name:20} {s['median']:9.4g} {s['q1']:8.4g} - {s['q3']:8.4g} {s['calls']:5d}",
             f"{'' if ratio is None else f'{ratio:.3f}':>13}",
+            f"{'' if linear is None else format(s['median'] / linear['median'], '.3f'):>12}",
             f"{(entry.get('peak_extra_bytes') or 0) / 2**20:6.0f}",
             f"{max(entry.get('errors_over_allowed', {}).values(), default=0):6.2f}",
             flush=True,
