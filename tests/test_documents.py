@@ -105,6 +105,7 @@ def test_shares(counts, layers, answer):
         parts = [chunks[start:end] for start, end in zip([0, *share.ends], share.ends, strict=False)]
         assert [layers * sum(part) for part in parts] == share.rows
         for part in parts[:-1]:
-            assert sum(part) >= least and sum(part[:-1]) < max(1, least)
+            assert sum(part) >= least
+            assert sum(part[:-1]) < max(1, least)
         assert number + 1 == len(shares) or sum(parts[-1]) >= least
         assert len(share.batches) == 1 or sum(chunks[: -len(share.batches[-1].boundaries)]) < max(1, least)
