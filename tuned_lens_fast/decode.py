@@ -18,6 +18,7 @@ from torch import Tensor
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.inputs import Prompt, Watched, read_prompt, read_watch
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.reading import read
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
@@ -168,7 +169,7 @@ def decode_model(
 
         return decode_to(out, model, lens, input_ids, attention_mask=attention_mask, tokenizer=tokenizer, **asked)
     model = check_model(model)
-    ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, model.device)
+    ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
     asked["watch"] = read_watch(watch, tokenizer)
     prepared = prepare(model, lens, ids, attention_mask, **asked)
     _log.info("%s", prepared.plan)

@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from tuned_lens_fast.inputs import Watch
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.blocks import linear_head
 from tuned_lens_fast.models.chunked_pass import ChunkedPass, cannot_continue, reads_padding
+from tuned_lens_fast.models.resident import Resident, fully_sharded
 from tuned_lens_fast.reading import read, readout_of
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.validation import (
@@ -276,16 +277,20 @@ def next_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def check_lens(model: Any, lens: DecodableLens, blocks: int) -> None:
     """That the lens belongs to the model, as far as their shapes and heads tell."""
-    head = lens.unembed.head
-    own_head = linear_head(model).weight
-    cut = own_head[: head.vocab]  # some models cut their vocabulary after the head
-    itself = cut.shape == head.weight.shape and (
-        cut.data_ptr() == head.weight.data_ptr() or torch.equal(cut.to(head.weight), head.weight)
-    )
-    own_head = cut if itself else own_head
-    for name, ours, its in zip(("vocabulary", "d_model"), head.weight.shape, own_head.shape, strict=True):
-        if ours != its:
-            raise ValueError(f"lens: its {name} is {ours}, the model's {its}; it belongs to another model")
+    head, linear = lens.unembed.head, linear_head(model)
+    reads = getattr(lens.unembed, "reads", None)
+    itself = reads is not None and reads(linear)
+    if not itself:
+        plain = Resident(linear, fully_sharded(model, get_transformer_layers(model)[1]))()
+        own_head = cast(nn.Linear, plain).weight
+        cut = own_head[: head.vocab]  # some models cut their vocabulary after the head
+        itself = cut.shape == head.weight.shape and (
+            cut.data_ptr() == head.weight.data_ptr() or torch.equal(cut.to(head.weight), head.weight)
+        )
+        own_head = cut if itself else own_head
+        for name, ours, its in zip(("vocabulary", "d_model"), head.weight.shape, own_head.shape, strict=True):
+            if ours != its:
+                raise ValueError(f"lens: its {name} is {ours}, the model's {its}; it belongs to another model")
     if not itself:
         warnings.warn(
             "lens: its unembedding is not the model's; the last layer, and what is compared with it, are read with "

@@ -50,6 +50,7 @@ from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.nn import Lens
 from tuned_lens_fast.plotting import compare_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
@@ -214,10 +215,12 @@ def run(args: argparse.Namespace) -> None:
         blocks = len(get_transformer_layers(model)[1])
         lenses = [lens] if other is None else [lens, other]
         count = sum(1 + len(layers_of(each, blocks) if args.layers is None else args.layers) for each in lenses)
-        start, peak = time.perf_counter(), PeakMemory(model.device)
+        start, peak = time.perf_counter(), PeakMemory(input_device(model))
 
         def decoded(lens: Lens) -> LensStats:
-            return cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+            return cast(LensStats, decode_model(model, lens, ids[0][None].to(input_device(model)), **question)).to(
+                "cpu"
+            )
 
         runs: list[tuple[str, LensStats, Tensor | None]] = []
         with meter.counting(count):
@@ -307,7 +310,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _continued(model: Any, ids: Tensor, most: int) -> Tensor:
     """``ids`` ``[positions]`` and up to ``most`` tokens that the model takes to be likeliest, one after the other."""
-    prompt = ids[None].to(model.device)
+    prompt = ids[None].to(input_device(model))
     with torch.no_grad():
         found = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, do_sample=False, num_beams=1

@@ -20,6 +20,7 @@ from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.messages import quoted, shortened
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.plotting.serve import MemoryText, Run, Server
 from tuned_lens_fast.streaming import check_length
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError("text: it is empty, so there is nothing to decode")
             (ids,) = tokenize(tokenizer, [Document(None, None, text)], None)
             check_length(model, len(ids))
-            stats = decode_model(model, lens, ids[None].to(model.device), top_k=args.top_k)
+            stats = decode_model(model, lens, ids[None].to(input_device(model)), top_k=args.top_k)
             return MemoryText(text[:80], title, stats.to("cpu")[:, 0], ids, tokenizer)
 
         server = _server(args, title, [], decode)

@@ -55,7 +55,7 @@ def load_model(args: argparse.Namespace) -> Any:
 def load_lens(model: Any, name: str | None) -> Lens:
     if name is None:
         return LogitLens.from_model(model)
-    return TunedLens.from_model_and_pretrained(model, name).to(model.device)
+    return TunedLens.from_model_and_pretrained(model, name)
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:

@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
         if args.lens is None:
             lens = TunedLens.from_model(model, None if args.revision == "main" else args.revision)
         else:
-            lens = TunedLens.from_model_and_pretrained(model, args.lens).to(model.device)
+            lens = TunedLens.from_model_and_pretrained(model, args.lens)
     report = train(
         model,
         lens,

@@ -31,6 +31,7 @@ from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.inputs import Watched, padded, read_prompt, read_watch
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
 from tuned_lens_fast.validation import check_model
@@ -104,7 +105,7 @@ def decode_documents(
     lengths = held.lengths()
 
     def inputs(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None, Literal["next"] | None]:
-        return *padded([held[i] for i in numbers], model.device), targets
+        return *padded([held[i] for i in numbers], input_device(model)), targets
 
     longest, _, _ = inputs([max(range(len(held)), key=lengths.__getitem__)])
     prepared = prepare(
@@ -155,7 +156,7 @@ def decode_to(
     see :func:`decode_model`.
     """
     model = check_model(model)
-    input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, model.device)
+    input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
     question["engine"] = _engine(question.get("engine", "auto"), out, lens)
     question["watch"] = read_watch(question.get("watch"), tokenizer)
     prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, chunk=chunk, **question)
@@ -224,12 +225,13 @@ def _decode(
         "model": model.config.name_or_path or type(model).__name__,
         "lens": f"{type(lens).__name__}{f' of {of}' if of else ''}, {identity['lens'][:12]}",
     }
+    device = input_device(model)
     made_with = {
         "tuned_lens_fast": version("tuned-lens-fast"),
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "memory_budget": prepared.plan.budget,
     }

@@ -34,7 +34,7 @@ from tuned_lens_fast.loss import loss
 from tuned_lens_fast.messages import quoted, ranges
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
-from tuned_lens_fast.models.forward_pass import model_inputs
+from tuned_lens_fast.models.forward_pass import input_device, model_inputs
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
 from tuned_lens_fast.nn.unembed import Unembed, check_hidden
@@ -125,7 +125,7 @@ class Lens(abc.ABC, nn.Module):
             IndexError: no such layer.
         """
         model = unwrapped(model)
-        prompt, mask = read_prompt(input_ids, None, tokenizer, model.get_input_embeddings().weight.device)
+        prompt, mask = read_prompt(input_ids, None, tokenizer, input_device(model))
         if mask is not None and not mask.all():
             raise ValueError("input_ids: got prompts of several lengths, wanted one length without padding")
         if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:

@@ -1,8 +1,9 @@
 """The end of a model as a lens needs it: final norm, head, and what the model does to its logits.
 
-On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy: an
-:class:`Unembed` reads the model's own tensors, and describes them plainly
-(:class:`~tuned_lens_fast.engines.interface.Norm`, :class:`~tuned_lens_fast.engines.interface.Head`) for the engines.
+On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy where the model's
+tensors are plain: an :class:`Unembed` reads these, or what :mod:`tuned_lens_fast.models.resident` makes of those that
+are split, offloaded or quantised, and describes them plainly (:class:`~tuned_lens_fast.engines.interface.Norm`,
+:class:`~tuned_lens_fast.engines.interface.Head`) for the engines.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.distributions import Distribution
 from tuned_lens_fast import model_surgery
 from tuned_lens_fast.engines.interface import Head, Norm
 from tuned_lens_fast.models.alias import frozen_alias
+from tuned_lens_fast.models.resident import Resident
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
@@ -48,6 +50,10 @@ class Unembed(nn.Module):
     they are not read. A deep copy reads the same model; a pickle holds the norm and head, so that it works
     alone.
 
+    Of a model that is split (tensor parallelism, FSDP2), offloaded, or quantised at its head, norm and head are whole
+    copies, made anew once an optimiser has changed the model's: every rank has to use this alike. A norm that is on
+    another device than the head joins it.
+
     ``unembed.to(device)`` with another device than the model's keeps a copy there, since no storage can be on
     two devices; move the model instead where that matters. Casts do not reach the norm and head.
     """
@@ -60,26 +66,26 @@ class Unembed(nn.Module):
         hidden states are compared with its own.
 
         Args:
-            model: with its weights loaded; only its blocks may be offloaded or quantised.
+            model: with its weights loaded, wherever they are: on several devices, offloaded by accelerate, split by
+                tensor parallelism or FSDP2. A quantised head is read as the matrix that it multiplies by.
             verify: False to leave out that comparison, and not to run the model's blocks.
 
         Raises:
             ValueError: ``model`` has no linear head, or its weights are not loaded (meta device).
-            TypeError: the head's weight is quantised.
             NotImplementedError: no lens can read the model, and why; or its logits are not those of this Unembed,
-                and what differs; or its norm and head are on two devices.
+                and what differs; or it is in FSDP1 or a stage of a pipeline.
         """
         super().__init__()
         model = unwrapped(model)
         if is_hooked_transformer(model):
             norm, transform = model_surgery.get_final_norm(model), model_surgery.get_logit_transform(model)
-            self._describe(norm, model.unembed, model.cfg.d_model, transform, model.cfg.n_layers)
+            self._describe(Resident(norm), Resident(model.unembed), model.cfg.d_model, transform, model.cfg.n_layers)
             if verify:
                 check_hooked(model, self)
             return
-        _check_head(model_surgery.get_unembedding_matrix(model))
         traced = TracedModel(model, run_blocks=verify)
-        self._describe(traced.norm, traced.head, traced.width, traced.transform, traced.num_blocks)
+        end = Resident(traced.norm, traced.sharded), traced.plain_head
+        self._describe(*end, traced.width, traced.transform, traced.num_blocks)
         if verify:
             traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
 
@@ -103,10 +109,10 @@ class Unembed(nn.Module):
             softcap: c in ``c * tanh(z / c)``; None for none.
 
         Raises:
-            TypeError: a module or number of another type, or a quantised head.
+            TypeError: a module or number of another type.
             ValueError: the norm does not take or give d_model, a number is not finite, or ``softcap`` or
                 ``scale`` or ``factor`` is 0.
-            NotImplementedError: the two are on two devices.
+            NotImplementedError: a quantised head that does more than to multiply.
         """
         if not isinstance(unembedding, nn.Linear):
             raise TypeError(f"unembedding: got a {type(unembedding).__name__}, wanted an nn.Linear")
@@ -127,10 +133,10 @@ class Unembed(nn.Module):
         for name, module in (("final_norm", norm), ("unembedding", unembedding)):
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name}: its weights are not loaded (meta device)")
-        unembed._describe(norm, unembedding, width, LogitTransform(factor, scale, softcap), None)
+        unembed._describe(Resident(norm), Resident(unembedding), width, LogitTransform(factor, scale, softcap), None)
         try:
             with torch.no_grad():
-                shape = [*unembed.norm(torch.zeros(2, width, device=unembedding.weight.device)).shape]
+                shape = [*unembed.norm(torch.zeros(2, width, device=unembed.head.weight.device)).shape]
         except Exception as error:
             raise ValueError(f"final_norm: it does not take hidden states [2, {width}]: {error}") from error
         if shape != [2, width]:
@@ -138,21 +144,15 @@ class Unembed(nn.Module):
         return unembed
 
     def _describe(
-        self, norm: nn.Module, head: nn.Module, width: int, transform: LogitTransform, layers: int | None
+        self, norm: Resident, head: Resident, width: int, transform: LogitTransform, layers: int | None
     ) -> None:
-        place, places = model_surgery.as_linear(head).weight.device, {str(p.device) for p in norm.parameters()}
-        if places and str(place) not in places:
-            raise NotImplementedError(
-                f"model: its final norm is on {', '.join(sorted(places))} and its head on {place}, and a lens reads "
-                f"both at once; keep them on one device in device_map"
-            )
         self._moved: tuple[nn.Module, nn.Linear] | None = None
-        # A tuple of modules is not registered as submodules.
-        self._model_end: tuple[nn.Module, nn.Module] = (norm, head)
+        # A tuple of other things than modules is not registered as submodules.
+        self._model_end: tuple[Resident, Resident] = (norm, head)
         self._transform = transform
         #: Width of a hidden state: d_model, or all streams of a model with several.
         self.hidden_size: int = width
-        self._formula = _recognise(norm, width)
+        self._formula = _recognise(self._end()[0], width)
         #: Blocks of the model, where they are known.
         self.num_hidden_layers: int | None = layers
 
@@ -189,7 +189,7 @@ class Unembed(nn.Module):
         """The head, scale and softcap as the engines take them; its tensors alias the model's.
 
         Raises:
-            TypeError: the head's weight is quantised to integers.
+            TypeError: the model was split or quantised after this was made of it.
         """
         linear = self._end()[1]
         _check_head(linear)
@@ -316,14 +316,18 @@ class Unembed(nn.Module):
             grad_norm = h.grad.norm()
         return InversionOutput(h.detach(), grad_norm, kl.detach(), loss.detach(), nfev)
 
+    def reads(self, head: nn.Module) -> bool:
+        """Whether this is the end of the model with that very ``head``."""
+        return self._moved is None and self._model_end[1].module is head
+
     def _end(self) -> tuple[nn.Module, nn.Linear]:
         """Norm and head on the lens's device: the model's, unless the lens was moved away from it."""
         norm, head = self._model_end
-        linear = model_surgery.as_linear(head)
+        linear = model_surgery.as_linear(head())
         if self._moved is not None and self._moved[1].weight.device != linear.weight.device:
             return self._moved
         self._moved = None
-        return norm, linear
+        return norm(linear.weight.device), linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unembed:
         """Follows the lens to another device; see the class."""
@@ -366,11 +370,11 @@ def matrix_hash(weight: Tensor) -> str:
 
 
 def _check_head(linear: nn.Linear) -> None:
-    """Raises a TypeError for a head that engines could not take tiles of."""
+    """Raises a TypeError for a head that engines could not take tiles of, as one becomes that is split or quantised."""
     plain = type(linear.weight.data) in (Tensor, nn.Parameter)
     if not plain or not linear.weight.is_floating_point():
         kind = linear.weight.dtype if plain else f"a {type(linear.weight.data).__name__}"
-        raise TypeError(f"model: its head is {kind}; wanted a tensor of a floating dtype, leave it unquantised")
+        raise TypeError(f"model: its head has become {kind} since the lens was made; make the lens anew")
 
 
 @dataclass(frozen=True)

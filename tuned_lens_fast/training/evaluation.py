@@ -28,6 +28,7 @@ from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Norm
 from tuned_lens_fast.inputs import padded
 from tuned_lens_fast.messages import json_text
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import Prepared, prepare
 from tuned_lens_fast.validation import check_model
@@ -285,7 +286,7 @@ class _Work:
         self.numbers = [*first.numbers]  #: the layers
 
     def _prepared(self, documents: Sequence[Tensor]) -> Prepared:
-        return prepare(self._model, self._lens, *padded(documents, self._model.device), **self._question)
+        return prepare(self._model, self._lens, *padded(documents, input_device(self._model)), **self._question)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Prepared]]:
         for numbers in self._batches:
