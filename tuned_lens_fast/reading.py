@@ -7,7 +7,6 @@ its states are transformed a layer at a time, and read with the unembedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -24,11 +23,14 @@ def is_affine(lens: DecodableLens) -> TypeGuard[AffineLens]:
     return getattr(lens, "affine", hasattr(lens, "translator"))
 
 
-def readout_of(lens: DecodableLens, layers: Iterable[int]) -> Readout:
-    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states."""
+def readout_of(lens: DecodableLens, layers: Iterable[int], head: Head | None = None) -> Readout:
+    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states.
+
+    ``head`` stands in for the lens's own.
+    """
     if is_affine(lens):
-        return Readout.of(lens, layers)
-    return Readout((None,) * len(list(layers)), lens.unembed.norm, lens.unembed.head)
+        return Readout.of(lens, layers, head)
+    return Readout((None,) * len(list(layers)), lens.unembed.norm, head or lens.unembed.head)
 
 
 def read(
@@ -48,8 +50,7 @@ def read(
     Raises:
         ValueError: see :func:`transformed`.
     """
-    readout = readout_of(lens, layers)
-    readout = readout if head is None else replace(readout, head=head)
+    readout = readout_of(lens, layers, head)
     if is_affine(lens) or not len(hidden):
         return decode_views(engine, hidden, readout, query, memory_budget)
     one = Readout(readout.translators[:1], readout.norm, readout.head)
