@@ -107,10 +107,10 @@ class Prepared:
         ]
         return batch, passes, chunks
 
-    def _states(self, part: ChunkedPass, positions: slice) -> tuple[list[Tensor], Tensor]:
+    def _states(self, part: ChunkedPass, positions: slice, apart: bool = False) -> tuple[list[Tensor], Tensor]:
         head = self.lens.unembed.head
         entering, at_head = part(positions)
-        hidden = rows_of(entering, head, self.lens.unembed.norm.hidden_width(head))
+        hidden = rows_of(entering, head, self.lens.unembed.norm.hidden_width(head), apart)
         (last,) = rows_of([at_head], head, head.weight.shape[1])
         return hidden, last
 
@@ -134,7 +134,7 @@ class Prepared:
         layers, width = len(self.numbers), positions.stop - positions.start
         found = self._room(width)
         for rows, part in zip(batch, passes, strict=True):
-            hidden, last = self._states(part, positions)
+            hidden, last = self._states(part, positions, apart=True)
             query = replace(
                 self.query,
                 targets=None if self.targets is None else self.targets[rows, positions].reshape(-1),
@@ -323,8 +323,9 @@ def hidden_dtype(model: Any) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
 
 
-def rows_of(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
-    """States ``[batch, positions, wanted]`` as rows on the lens's device, in one dtype.
+def rows_of(states: Sequence[Tensor], head: Head, wanted: int, apart: bool = False) -> list[Tensor]:
+    """States ``[batch, positions, wanted]`` as rows on the lens's device, or with ``apart`` each on its own, in one
+    dtype.
 
     A model's blocks may lie on several devices, and some widen their residual stream behind the embedding.
     """
@@ -335,4 +336,5 @@ def rows_of(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
                 f"lens reads those of width {wanted}"
             )
     dtype = functools.reduce(torch.promote_types, (state.dtype for state in states)) if states else None
-    return [state.reshape(-1, state.shape[-1]).to(head.weight.device, dtype) for state in states]
+    rows = [state.reshape(-1, state.shape[-1]) for state in states]
+    return [state.to(state.device if apart else head.weight.device, dtype) for state in rows]

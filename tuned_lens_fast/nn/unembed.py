@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from torch.distributions import Distribution
 from tuned_lens_fast import model_surgery
 from tuned_lens_fast.engines.interface import Head, Norm
 from tuned_lens_fast.models.alias import frozen_alias
-from tuned_lens_fast.models.resident import Resident
+from tuned_lens_fast.models.resident import Resident, devices_of
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
@@ -85,7 +85,7 @@ class Unembed(nn.Module):
             return
         traced = TracedModel(model, run_blocks=verify)
         end = Resident(traced.norm, traced.sharded), traced.plain_head
-        self._describe(*end, traced.width, traced.transform, traced.num_blocks)
+        self._describe(*end, traced.width, traced.transform, traced.num_blocks, devices_of(model))
         if verify:
             traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
 
@@ -144,7 +144,13 @@ class Unembed(nn.Module):
         return unembed
 
     def _describe(
-        self, norm: Resident, head: Resident, width: int, transform: LogitTransform, layers: int | None
+        self,
+        norm: Resident,
+        head: Resident,
+        width: int,
+        transform: LogitTransform,
+        layers: int | None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self._moved: tuple[nn.Module, nn.Linear] | None = None
         # A tuple of other things than modules is not registered as submodules.
@@ -153,6 +159,8 @@ class Unembed(nn.Module):
         #: Width of a hidden state: d_model, or all streams of a model with several.
         self.hidden_size: int = width
         self._formula = _recognise(self._end()[0], width)
+        #: Where the model computes, as far as that is known: states of any of these devices can be read.
+        self.devices = [*devices]
         #: Blocks of the model, where they are known.
         self.num_hidden_layers: int | None = layers
 
