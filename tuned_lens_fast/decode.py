@@ -148,7 +148,7 @@ def decode_model(
             chunk, no cache is needed. A model that cannot continue from a cache runs the whole prompt for each
             chunk, and warns.
         memory_budget: bytes of hidden states and scratch beyond inputs and results, the model's own activations and
-            cache apart; 256 MiB if None.
+            cache apart; if None 256 MiB, on a GPU a sixteenth of its memory.
         out: a folder to write the statistics to, chunk by chunk, as a Parquet data set; see
             :func:`tuned_lens_fast.data.dataset.decode_to`. Nothing is kept in memory.
 

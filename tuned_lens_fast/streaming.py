@@ -197,7 +197,8 @@ def prepare(
             :func:`~tuned_lens_fast.decode.decode_model`.
         chunk: positions of a chunk; as many as the budget allows if None.
         boundaries: where chunks end, in place of ``chunk``: increasing, the last at the prompt's end.
-        memory_budget: bytes of hidden states, statistics of a chunk and scratch; 256 MiB if None.
+        memory_budget: bytes of hidden states, statistics of a chunk and scratch; if None 256 MiB, on a GPU a
+            sixteenth of its memory.
 
     Raises:
         ValueError, IndexError, TypeError: as :func:`~tuned_lens_fast.decode.decode_model`.
@@ -245,7 +246,7 @@ def prepare(
         hidden=hidden_dtype(model),
         readout=readout_of(lens, numbers),
         query=query,
-        memory_budget=check_budget(memory_budget),
+        memory_budget=check_budget(memory_budget, head.weight.device),
         chunk=chunk,
     )
     if boundaries is None:

@@ -186,9 +186,12 @@ def check_ids(name: str, ids: Any, vocab: int, none: int | None = None) -> None:
         raise IndexError(f"{name}: got {ids[outside][0].item()}, wanted ids from 0 to {vocab - 1}{also}")
 
 
-def check_budget(memory_budget: int | None) -> int:
+def check_budget(memory_budget: int | None, device: torch.device | None = None) -> int:
+    """Bytes; where None are named the default, for runs of a model on a GPU a sixteenth of the memory of ``device``."""
     if memory_budget is None:
-        return DEFAULT_MEMORY_BUDGET
+        if device is None or device.type != "cuda":
+            return DEFAULT_MEMORY_BUDGET
+        return max(DEFAULT_MEMORY_BUDGET, torch.cuda.get_device_properties(device).total_memory // 16)
     if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
         raise TypeError(f"memory_budget: got {memory_budget!r}, wanted an int, bytes")
     if memory_budget <= 0:
@@ -229,28 +232,6 @@ def check_input_ids(model: Any, input_ids: Any, attention_mask: Any) -> None:
             raise TypeError(f"attention_mask: got {kind(attention_mask)}, wanted a tensor")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}, wanted {list(input_ids.shape)}")
-
-
-def check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
-    """Token ids of every document, int32 on the CPU."""
-    if not isinstance(documents, Iterable):
-        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
-    vocab = model.get_input_embeddings().weight.shape[0]
-    held = []
-    for number, document in enumerate(documents):
-        try:
-            tokens = torch.as_tensor(document)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(
-                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
-            )
-        check_ids(f"documents: document {number}", tokens, vocab)
-        held.append(tokens.to("cpu", torch.int32))
-    if not held:
-        raise ValueError("documents: got none")
-    return held
 
 
 def _index(name: str, value: Any) -> int:

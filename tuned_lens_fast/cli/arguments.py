@@ -95,7 +95,6 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def add_engine_options(command: argparse.ArgumentParser) -> None:
     """How layers are read."""
     from tuned_lens_fast.engines import ENGINES
-    from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
     command.add_argument(
         "--chunk", type=positive, metavar="N", help="positions that run at once (default: what the budget allows)"
@@ -106,7 +105,7 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory-budget",
         type=byte_count,
-        default=DEFAULT_MEMORY_BUDGET,
         metavar="SIZE",
-        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
+        help="scratch that the lens may use, such as 1GiB or a number of bytes (default: 256MiB, on a GPU a sixteenth "
+        "of its memory)",
     )

@@ -1,17 +1,19 @@
 """Decodes straight to disk: one prompt or many documents into a folder, a Parquet data set that can be resumed.
 
 It stands at the end of the way from hidden state to statistics: ``streaming`` yields the statistics of one chunk of
-positions after another, each becomes a part of the folder (``parts``) and is dropped.
+positions after another, each is added to a part of the folder (``parts``) and dropped.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import platform
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from tuned_lens_fast import budget, progress
 from tuned_lens_fast.data import fingerprint
-from tuned_lens_fast.data.parts import Batch, recorded_engine, run_folder
+from tuned_lens_fast.data.documents import read_documents
+from tuned_lens_fast.data.parts import Batch, Part, RunFolder, Share, recorded_engine, run_folder
+from tuned_lens_fast.data.table import table_of
 from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
@@ -30,7 +34,7 @@ from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
-from tuned_lens_fast.validation import check_documents, check_model
+from tuned_lens_fast.validation import check_model
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,6 +42,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 #: Of the documents with these numbers: ids ``[batch, positions]``, their mask, and targets.
 _Inputs = Callable[[Sequence[int]], tuple[Tensor, Tensor | None, Tensor | Literal["next"] | None]]
+#: A batch, and how many tokens there are in each of its chunks.
+_Planned = tuple[Batch, list[int]]
+#: Bytes of statistics in a part at least, of which its file takes about two thirds; and in how many parts a run that is
+#: small for that is cut, so that several processes find work.
+_PART_BYTES, _LEAST_PARTS = 96 * 2**20, 64
 
 
 def decode_documents(
@@ -68,7 +77,8 @@ def decode_documents(
     Args:
         model, lens, layers, top_k, watch, stats, engine, memory_budget: as for :func:`decode_model`. A resumed run
             keeps the batches and chunks that its first start planned, whatever the budget.
-        documents: token ids of each, one dimension, not empty.
+        documents: token ids of each, one dimension, not empty. A list or an iterator, held in four bytes a token; or an
+            array of pyarrow's, a list for each document, which may be mapped from a file and is not read as a whole.
         out: the folder, made if it is not there; else one of the same run, or an empty one.
         ids: a name for each document, all str or all int; 0, 1, 2, … if None.
         tokenizer: anything with ``convert_ids_to_tokens``, for the column ``token``; the model's own for texts in
@@ -84,16 +94,15 @@ def decode_documents(
     Raises:
         ValueError, IndexError, TypeError: as :func:`decode_model`; also a folder that holds another run (of another
             model, lens, text or question) or anything else, or whose manifest is damaged.
-        BlockingIOError: another process is writing there.
         OSError: the folder cannot be written. What is there stays whole; the same call resumes.
         ImportError: pyarrow is not installed.
     """
     if targets not in ("next", None):
         raise ValueError(f"targets: got {targets!r}, wanted 'next' or None")
     model = check_model(model)
-    held = check_documents(model, documents)
+    held = read_documents(model, documents)
     names = _check_names(ids, len(held))
-    lengths = [len(tokens) for tokens in held]
+    lengths = held.lengths()
 
     def inputs(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None, Literal["next"] | None]:
         return *padded([held[i] for i in numbers], input_device(model)), targets
@@ -113,17 +122,18 @@ def decode_documents(
         memory_budget=memory_budget,
     )
 
-    def plan() -> list[tuple[list[int], list[int]]]:
+    def plan() -> list[_Planned]:
         most = chunk or positions_at_once(prepared, sum(lengths))
-        return [
-            (batch, [part.stop for part in slices(lengths[batch[0]], even(lengths[batch[0]], most))])
-            for batch in pack(lengths, most, apart=frequencies_change_at(prepared.model))
-        ]
+        planned = []
+        for batch in pack(lengths, most, apart=frequencies_change_at(prepared.model)):
+            ends = [part.stop for part in slices(lengths[batch[0]], even(lengths[batch[0]], most))]
+            reached = [sum(min(lengths[number], end) for number in batch) for end in ends]
+            planned.append((Batch(batch, ends), _sizes(reached)))
+        return planned
 
     text = {"text": fingerprint.of_tensors(held), "targets": targets, "tokenizer": None}
     if tokenizer is not None:
-        used = torch.cat(held).unique().tolist()
-        text["tokenizer"] = fingerprint.of_text(tokenizer.convert_ids_to_tokens(used))
+        text["tokenizer"] = fingerprint.of_text(tokenizer.convert_ids_to_tokens(held.used()))
     return _decode(out, prepared, text, names, inputs, plan, tokenizer)
 
 
@@ -156,13 +166,14 @@ def decode_to(
     if tokenizer is not None:
         used = ids.unique().tolist()
         text["tokenizer"] = fingerprint.of_text(tokenizer.convert_ids_to_tokens(used))
+    counts = [int(part.sum()) for part in _real(ids, mask).split(_sizes(prepared.boundaries), 1)]
     return _decode(
         out,
         prepared,
         text,
         _check_names(None, len(ids)),
         lambda _: (ids, mask, wanted),
-        lambda: [([*range(len(ids))], [*prepared.boundaries])],
+        lambda: [(Batch([*range(len(ids))], [*prepared.boundaries]), counts)],
         tokenizer,
     )
 
@@ -192,10 +203,10 @@ def _decode(
     text: dict[str, Any],
     names: pa.Array,
     inputs: _Inputs,
-    plan: Callable[[], list[tuple[list[int], list[int]]]],
+    plan: Callable[[], list[_Planned]],
     tokenizer: Any,
 ) -> Path:
-    """Plan a run or find the one that is there, and write the parts that it lacks."""
+    """Plan a run or find the one that is there, and write the parts that it lacks, or others do not write."""
     model, lens, query = prepared.model, prepared.lens, prepared.query
     layers = len(prepared.numbers) + 1
     identity = {
@@ -225,74 +236,171 @@ def _decode(
         "memory_budget": prepared.plan.budget,
     }
 
-    def batches() -> list[Batch]:
-        found = []
-        for numbers, ends in plan():
-            parts = _real(*inputs(numbers)[:2]).split(_sizes(ends), 1)
-            found.append(Batch(numbers, ends, [layers * int(part.sum()) for part in parts]))
-        return found
-
-    # Parts are written while the next chunk runs: on a GPU that takes as long.
-    with run_folder(out, identity, called, made_with, batches) as folder, ThreadPoolExecutor(1) as writer:
-        missing = folder.unfinished()
+    answer = budget.statistics_bytes(query)
+    with run_folder(out, identity, called, made_with, lambda: shares_of(plan(), layers, answer)) as folder:
         changed = [
             f"{key} {folder.begun_with.get(key)} then, {value} now"
             for key, value in made_with.items()
             if folder.begun_with.get(key) != value
         ]
-        if changed and any(missing):
-            warnings.warn(
-                f"out: the run began under other conditions ({'; '.join(changed)}), so that the last bits of what is "
-                f"decoded now may differ from an undisturbed run's",
-                stacklevel=3,
-            )
-        todo = list(zip(range(len(missing)), folder.batches, missing, strict=True))
-        planned = [size for batch in folder.batches for size in _sizes(batch.boundaries)]
+        places = [(number, part) for number, share in enumerate(folder.shares) for part in range(len(share.rows))]
+        chunks = [size for share in folder.shares for batch in share.batches for size in _sizes(batch.boundaries)]
         _log.info(
-            "%d documents in %d batches and %d parts of up to %d positions, %d parts there already",
-            len(names), len(missing), len(planned), max(planned), len(planned) - sum(map(len, missing)),
+            "%d documents in %d batches and %d parts, in chunks of up to %d positions; %d parts there already",
+            len(names), sum(len(share.batches) for share in folder.shares), len(places), max(chunks),
+            sum(folder.has(*place) for place in places),
         )  # fmt: skip
-        told = None
-        progress.expect(
-            layers
-            * sum(
-                len(batch.documents) * _sizes(batch.boundaries)[chunk] for _, batch, chunks in todo for chunk in chunks
-            )
-        )
-        written: Future[None] | None = None
-        for number, batch, chunks in todo:
-            if not chunks:
-                continue
-            ids, mask, targets = inputs(batch.documents)
-            prepared = prepare(
-                model,
-                lens,
-                ids,
-                mask,
-                layers=prepared.numbers,
-                targets=targets,
-                top_k=query.top_k,
-                watch=prepared.watch,
-                stats=query.stats,
-                boundaries=batch.boundaries,
-                engine=prepared.engine.name,
-                memory_budget=prepared.plan.budget,
-            )
-            if told is None or told.chunk < prepared.plan.chunk:
-                told = prepared.plan
-                _log.info("%s", told)
-            ids, real = ids.cpu(), _real(ids, mask)
-            positions = real.cumsum(1) - 1
-            documents = names.take(batch.documents)
-            for chunk, at, stats in prepared.run(chunks.__contains__):
-                if written is not None:
-                    written.result()
-                columns = stats.to("cpu"), documents, positions[:, at], ids[:, at], real[:, at], tokenizer
-                written = writer.submit(folder.write, number, chunk, *columns)
-                del stats, columns
-        if written is not None:
-            written.result()
+        Writing(folder, prepared, names, inputs, tokenizer, changed).run()
     return folder.path
+
+
+@dataclass
+class Writing:
+    """One process's work on a run."""
+
+    folder: RunFolder
+    prepared: Prepared
+    names: pa.Array
+    inputs: _Inputs
+    tokenizer: Any
+    changed: list[str]  #: conditions under which the run began, where they are others now
+    _told: budget.MemoryPlan | None = None
+    _open: Part | None = None  #: that chunks are being added to
+
+    def run(self) -> None:
+        """Write what is lacking, until all is there."""
+        expected = {
+            number: rows
+            for number, share in enumerate(self.folder.shares)
+            if (rows := self._rows(number, [n for n in range(len(share.rows)) if not self.folder.has(number, n)]))
+        }
+        progress.expect(sum(expected.values()))
+        try:
+            # Parts are written while the next chunk runs: on a GPU that takes as long.
+            with ThreadPoolExecutor(1) as writer:
+                pending: Future[None] | None = None
+                for number, lacking in self.folder.claimed():
+                    if self.changed:
+                        warnings.warn(
+                            f"out: the run began under other conditions ({'; '.join(self.changed)}), so that the last "
+                            f"bits of what is decoded now may differ from an undisturbed run's",
+                            stacklevel=4,
+                        )
+                        self.changed = []
+                    by_others = [other for other in expected if other != number and self.folder.has_all(other)]
+                    progress.expect(self._rows(number, lacking) - expected.pop(number, 0))
+                    progress.expect(-sum(map(expected.pop, by_others)))
+                    for step in self._share(number, lacking):
+                        if pending is not None:
+                            pending.result()
+                        pending = writer.submit(step)
+                        del step
+                if pending is not None:
+                    pending.result()
+        finally:
+            if self._open is not None:
+                self._open.abandon()
+        progress.expect(-sum(expected.values()))
+
+    def _rows(self, number: int, parts: Collection[int]) -> int:
+        """Of layers and positions that are decoded for some parts of a share, padding included."""
+        layers, found, first = len(self.prepared.numbers) + 1, 0, 0
+        part_of = _part_of(self.folder.shares[number])
+        for batch in self.folder.shares[number].batches:
+            for chunk, size in enumerate(_sizes(batch.boundaries), first):
+                found += layers * len(batch.documents) * size * (part_of[chunk] in parts)
+            first += len(batch.boundaries)
+        return found
+
+    def _share(self, number: int, lacking: list[int]) -> Iterator[Callable[[], None]]:
+        """Decode what a share lacks, chunk by chunk, and yield what is to be done with each, in order."""
+        share = self.folder.shares[number]
+        part_of, first = _part_of(share), 0
+        for batch in share.batches:
+            of_batch = part_of[first : first + len(batch.boundaries)]
+            for chunk, add in self._batch(batch, [chunk for chunk, part in enumerate(of_batch) if part in lacking]):
+                part = of_batch[chunk]
+                if self._open is None:
+                    self._open = self.folder.begin(number, part)
+                yield functools.partial(add, self._open)
+                if share.ends[part] == first + chunk + 1:
+                    yield self._open.close
+                    self._open = None
+            first += len(batch.boundaries)
+        yield functools.partial(self.folder.finish, number)
+
+    def _batch(self, batch: Batch, wanted: Collection[int]) -> Iterator[tuple[int, Callable[[Part], None]]]:
+        """Decode those chunks of a batch; each comes with what adds its rows to a part."""
+        if not wanted:
+            return
+        ids, mask, targets = self.inputs(batch.documents)
+        query = self.prepared.query
+        prepared = prepare(
+            self.prepared.model,
+            self.prepared.lens,
+            ids,
+            mask,
+            layers=self.prepared.numbers,
+            targets=targets,
+            top_k=query.top_k,
+            watch=self.prepared.watch,
+            stats=query.stats,
+            boundaries=batch.boundaries,
+            engine=self.prepared.engine.name,
+            memory_budget=self.prepared.plan.budget,
+        )
+        if self._told is None or self._told.chunk < prepared.plan.chunk:
+            self._told = prepared.plan
+            _log.info("%s", self._told)
+        ids, real = ids.cpu(), _real(ids, mask)
+        positions = real.cumsum(1) - 1
+        documents = self.names.take(batch.documents)
+        for chunk, at, stats in prepared.run(wanted.__contains__):
+            columns = stats.to("cpu"), documents, positions[:, at], ids[:, at], real[:, at], self.tokenizer
+            del stats
+            yield chunk, functools.partial(_add, columns)
+            del columns
+
+
+def _add(columns: tuple[Any, ...], part: Part) -> None:
+    part.add(table_of(*columns), int(columns[4].sum()))
+
+
+def _part_of(share: Share) -> list[int]:
+    """The part of each chunk."""
+    return [part for part, size in enumerate(_sizes(share.ends)) for _ in range(size)]
+
+
+def shares_of(planned: list[_Planned], layers: int, answer: int) -> list[Share]:
+    """What processes take one at a time: whole batches, and at least a part's rows of them.
+
+    Args:
+        planned: batches, and the real positions of each of their chunks.
+        layers: rows of a position.
+        answer: bytes of a row's statistics.
+    """
+    total = sum(sum(counts) for _, counts in planned)
+    least = min(_PART_BYTES // (layers * answer), total // _LEAST_PARTS)
+    shares: list[Share] = []
+    batches: list[Batch] = []
+    ends: list[int] = []
+    rows: list[int] = []
+    chunks = real = 0
+    for number, (batch, counts) in enumerate(planned):
+        batches.append(batch)
+        for count in counts:
+            chunks, real = chunks + 1, real + count
+            if real >= least:
+                ends, rows, real = [*ends, chunks], [*rows, layers * real], 0
+        if not ends and number + 1 < len(planned):
+            continue
+        if ends:  # what is left over is too little for a part
+            ends[-1], rows[-1] = chunks, rows[-1] + layers * real
+        else:
+            ends, rows = [chunks], [layers * real]
+        shares.append(Share(batches, ends, rows))
+        batches, ends, rows, chunks, real = [], [], [], 0, 0
+    return shares
 
 
 def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens) -> str:
