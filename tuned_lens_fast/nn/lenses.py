@@ -177,6 +177,11 @@ class LogitLens(Lens):
         """The logit lens of a causal LM; see :class:`Unembed` for which, for ``verify`` and for errors."""
         return cls(Unembed(model, verify=verify))
 
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> LogitLens:
+        """The logit lens of a checkpoint, whose norm and head alone are read; see :meth:`Unembed.from_checkpoint`."""
+        return cls(Unembed.from_checkpoint(folder, trust_remote_code=trust_remote_code))
+
     def transform_hidden(self, h: Tensor, idx: int) -> Tensor:
         """``h`` itself."""
         return h
