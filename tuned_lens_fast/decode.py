@@ -50,7 +50,7 @@ def decode(
     Args:
         lens: any :class:`~tuned_lens_fast.nn.Lens`.
         hidden_states: ``[L, ..., d_model]``, or a sequence of L tensors ``[..., d_model]``: entry i is the
-            residual stream that enters block ``layers[i]``.
+            residual stream that enters block ``layers[i]``. Of a model on several devices each may be on its block's.
         layers: the translator each entry is read with. If None 0..L-1, less those that the lens lacks.
         targets: integer ids ``[...]`` to rate at every layer, -100 for none.
         reference: ``[..., d_model]``, what the head's linear layer receives at the model's own output (after
@@ -74,10 +74,12 @@ def decode(
         TypeError: something of another type or dtype.
     """
     head = lens.unembed.head
-    hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head))
+    devices = getattr(lens.unembed, "devices", ())
+    hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head), devices)
     hidden, numbers = check_layers(lens, layers, hidden)
     watching = read_watch(watch, tokenizer)
-    query = check_query(head, lead, targets, reference, top_k, None if watching is None else watching.ids, stats)
+    ids = None if watching is None else watching.ids
+    query = check_query(head, lead, targets, reference, top_k, ids, stats, devices)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     found = read(chosen, lens, numbers, hidden, query, check_budget(memory_budget))
     if watching is not None:

@@ -118,10 +118,12 @@ class Prepared:
         ]
         return batch, passes, chunks
 
-    def _states(self, part: ChunkedPass, positions: slice, kept: slice | None = None) -> tuple[list[Tensor], Tensor]:
+    def _states(
+        self, part: ChunkedPass, positions: slice, kept: slice | None = None, apart: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
         head = self.head
         entering, at_head = part(positions, kept)
-        hidden = rows_of(entering, head, self.lens.unembed.norm.hidden_width(head))
+        hidden = rows_of(entering, head, self.lens.unembed.norm.hidden_width(head), apart)
         (last,) = rows_of([at_head], head, head.weight.shape[1])
         return hidden, last
 
@@ -140,34 +142,32 @@ class Prepared:
     @torch.no_grad()
     def _decode(self, batch: Sequence[slice], passes: Sequence[ChunkedPass], positions: slice) -> LensStats:
         """The statistics of one chunk: each group of rows through the model and the engine, then the next."""
-        head, layers = self.head, len(self.numbers)
-        kept, width = positions, positions.stop - positions.start
+        layers = len(self.numbers)
+        head = self.head if self.split == "vocabulary" else None  #: in place of the lens's
+        kept, shares, width = positions, None, positions.stop - positions.start
         if self.ranks is not None and self.split == "rows":
             shares = self.ranks.shares(width)
             own = shares[self.ranks.rank]
-            kept = slice(positions.start + own.start, positions.start + own.stop)
-            width = own.stop - own.start
+            kept, width = slice(positions.start + own.start, positions.start + own.stop), own.stop - own.start
         found = self._room(width)
         for rows, part in zip(batch, passes, strict=True):
-            hidden, last = self._states(part, positions, None if kept == positions else kept)
+            hidden, last = self._states(part, positions, None if kept == positions else kept, head is None)
             query = replace(
                 self.query,
                 targets=None if self.targets is None else self.targets[rows, kept].reshape(-1),
                 reference=last if divergences(self.query) else None,
             )
             itself = replace(query, stats=query.stats.difference(DIVERGENCES), reference=None)
-            layerwise = (
-                read(self.engine, self.lens, self.numbers, hidden, query, self.plan.scratch, head) if layers else {}
-            )
-            output = self.engine.decode([last], Readout.of_output(head), itself, self.plan.scratch)
+            layerwise = {}
+            if layers:
+                layerwise = read(self.engine, self.lens, self.numbers, hidden, query, self.plan.scratch, head)
+            output = self.engine.decode([last], Readout.of_output(self.head), itself, self.plan.scratch)
             for layer, answer in ((slice(layers), layerwise), (slice(layers, None), output)):
                 for name, value in (self.watch.gathered(answer) if self.watch else answer).items():
                     found[name][layer, rows] = value.unflatten(1, (rows.stop - rows.start, width))
             del hidden, last, query
-        if self.ranks is not None and self.split == "rows":
-            found = self._gathered(
-                found, [share.stop - share.start for share in self.ranks.shares(positions.stop - positions.start)]
-            )
+        if shares is not None:
+            found = self._gathered(found, [share.stop - share.start for share in shares])
         for name in divergences(self.query):
             found[name][-1] = found["lse"][-1] - found["lse"][-1]  # 0, or NaN where the model's own output is
         return self._shaped(found, positions)
@@ -390,8 +390,9 @@ def hidden_dtype(model: Any) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
 
 
-def rows_of(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
-    """States ``[batch, positions, wanted]`` as rows on the lens's device, in one dtype.
+def rows_of(states: Sequence[Tensor], head: Head, wanted: int, apart: bool = False) -> list[Tensor]:
+    """States ``[batch, positions, wanted]`` as rows on the lens's device, or with ``apart`` each on its own, in one
+    dtype.
 
     A model's blocks may lie on several devices, and some widen their residual stream behind the embedding.
     """
@@ -402,4 +403,5 @@ def rows_of(states: Sequence[Tensor], head: Head, wanted: int) -> list[Tensor]:
                 f"lens reads those of width {wanted}"
             )
     dtype = functools.reduce(torch.promote_types, (state.dtype for state in states)) if states else None
-    return [state.reshape(-1, state.shape[-1]).to(head.weight.device, dtype) for state in states]
+    rows = [state.reshape(-1, state.shape[-1]) for state in states]
+    return [state.to(state.device if apart else head.weight.device, dtype) for state in rows]

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ class Reference:
     x: Tensor  #: [positions, d_model] in the head's dtype, what the head receives
     state: State  #: [positions]
     u: Tensor | None  #: fp32 [positions, d_model], W^T softmax(z), the head's scale included
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it ``device`` is PyTorch's current GPU, on which kernels are started."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine(abc.ABC):

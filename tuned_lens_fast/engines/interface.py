@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,11 @@ class Query:
             targets=None if self.targets is None else self.targets[positions],
             reference=None if self.reference is None else self.reference[positions],
         )
+
+    def on(self, device: torch.device) -> Query:
+        """The same question, its tensors on ``device``."""
+        tensors: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

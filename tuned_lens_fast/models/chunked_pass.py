@@ -127,7 +127,7 @@ def cannot_continue(
         off = torch.cat(chunks, 1) - whole
     except Exception as error:  # whatever a model raises when it is asked for what it was not made for
         return f"{name} cannot continue from its cache ({type(error).__name__}: {error})"
-    real = slice(None) if mask is None else mask.bool()
+    real = slice(None) if mask is None else mask.to(off.device).bool()
     far = torch.linalg.vector_norm(off.float(), dim=-1) / torch.linalg.vector_norm(whole.float(), dim=-1)
     worst = far[real].max().item()
     if not worst <= torch.finfo(whole.dtype).eps ** 0.5:

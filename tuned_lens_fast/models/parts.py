@@ -240,6 +240,7 @@ def _part(model: Any, block: nn.Module, number: int, seen: _Follower, output: An
             f"{where} adds {len(added)} times to the residual stream; wanted once what its attention returns and once "
             f"what its MLP does"
         )
+    entering = entering.to(attention.device)  # where the block before left it
     if not close(entering.double() + attention.double() + mlp.double(), output.double().view(entering.shape)) and (
         output.dtype in (torch.float32, torch.float64)
     ):

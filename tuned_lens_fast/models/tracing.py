@@ -110,7 +110,8 @@ class TracedModel:
         """
         with undisturbed(self.model):
             own = self._random
-            rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :]
+            device = cast(nn.Linear, self.plain_head()).weight.device  # the last block may be on another
+            rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :].to(device)
             ours, x = unembed(rows), head_input(rows)
             wanted = own.logits.reshape(-1, own.logits.shape[-1])
             if ours.shape != wanted.shape:
@@ -120,7 +121,7 @@ class TracedModel:
                 )
             if close(ours, wanted):
                 return
-            own_x = own.x.reshape(-1, own.x.shape[-1])
+            own_x = own.x.reshape(-1, own.x.shape[-1]).to(device)
             if not close(x, own_x):
                 ratio = float((x.double() * own_x.double()).sum() / own_x.double().square().sum())
                 proportional = close(x.double() / ratio, own_x) if ratio else False
@@ -297,7 +298,7 @@ class TracedModel:
         probe = torch.linspace(1, 2, returned.numel(), dtype=torch.float64, device=returned.device).view(returned.shape)
         forwards = {last: lambda *_, **__: probe.clone(), self._head: lambda _: self._random.z}
         x = self._replay(self._random.outputs, forwards).x.double()
-        return float(x.reshape(-1)[-1] / probe.reshape(-1)[-1])
+        return float(x.reshape(-1)[-1]) / float(probe.reshape(-1)[-1])
 
     def _after_head(self, factor: float) -> LogitTransform:
         """Scale, softcap and cut, from what becomes of chosen values in the place of what the head returns."""

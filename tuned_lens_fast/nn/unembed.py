@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -25,7 +26,8 @@ from torch.distributions import Distribution
 from tuned_lens_fast import model_surgery
 from tuned_lens_fast.engines.interface import Head, Norm, Shard
 from tuned_lens_fast.models.alias import frozen_alias
-from tuned_lens_fast.models.resident import Resident, execution_device, is_spread, plain
+from tuned_lens_fast.models.checkpoint_end import load_end
+from tuned_lens_fast.models.resident import Resident, devices_of, execution_device, is_spread, plain
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
@@ -83,11 +85,27 @@ class Unembed(nn.Module):
             if verify:
                 check_hooked(model, self)
             return
-        traced = TracedModel(model, run_blocks=verify)
-        end = Resident(traced.norm, traced.sharded), traced.plain_head
-        self._describe(*end, traced.width, traced.transform, traced.num_blocks)
-        if verify:
-            traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+        self._describe_traced(TracedModel(model, run_blocks=verify), verify)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Unembed:
+        """The end of a model out of its checkpoint: norm and head are read, on the CPU, and no block is.
+
+        All but the blocks is run on a few tokens, and the logits for random hidden states compared, as for a model.
+
+        Args:
+            folder: a checkpoint of transformers in safetensors, of a causal LM.
+            trust_remote_code: run the code that the checkpoint brings; see transformers.
+
+        Raises:
+            FileNotFoundError: no such folder, or no safetensors in it.
+            ValueError: the folder is no checkpoint of a causal LM, is damaged, or lacks a weight of the end.
+            NotImplementedError: as for a model.
+        """
+        unembed = cls.__new__(cls)
+        nn.Module.__init__(unembed)
+        unembed._describe_traced(TracedModel(load_end(folder, trust_remote_code), run_blocks=False), verify=True)
+        return unembed
 
     @classmethod
     def from_modules(
@@ -143,8 +161,20 @@ class Unembed(nn.Module):
             raise ValueError(f"final_norm: it gives {shape} for hidden states [2, {width}], wanted the same shape")
         return unembed
 
+    def _describe_traced(self, traced: TracedModel, verify: bool) -> None:
+        end = Resident(traced.norm, traced.sharded), traced.plain_head
+        self._describe(*end, traced.width, traced.transform, traced.num_blocks, devices_of(traced.model))
+        if verify:
+            traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+
     def _describe(
-        self, norm: Resident, head: Resident, width: int, transform: LogitTransform, layers: int | None
+        self,
+        norm: Resident,
+        head: Resident,
+        width: int,
+        transform: LogitTransform,
+        layers: int | None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
         self._moved: tuple[nn.Module, nn.Linear] | None = None
         # A tuple of other things than modules is not registered as submodules.
@@ -153,6 +183,8 @@ class Unembed(nn.Module):
         #: Width of a hidden state: d_model, or all streams of a model with several.
         self.hidden_size: int = width
         self._formula = _recognise(self._end()[0], width)
+        #: Where the model computes, as far as that is known: states of any of these devices can be read.
+        self.devices = [*devices]
         #: Blocks of the model, where they are known.
         self.num_hidden_layers: int | None = layers
 
