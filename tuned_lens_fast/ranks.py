@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tuned_lens_fast.engines import choose
 from tuned_lens_fast.messages import quoted, shortened
 from tuned_lens_fast.models.blocks import linear_head
 from tuned_lens_fast.models.resident import is_spread
@@ -61,6 +62,16 @@ class Ranks:
         with self._reached():
             dist.broadcast_object_list(held, group_src=0, group=self.group)
         return held[0]
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Put the sum over all ranks in the place of ``tensor``; the same on all of them."""
+        with self._reached():
+            dist.all_reduce(tensor, group=self.group)
+
+    def copy_from_first_(self, tensor: Tensor) -> None:
+        """Put the first rank's in the place of ``tensor``."""
+        with self._reached():
+            dist.broadcast(tensor, group_src=0, group=self.group)
 
     def agree(self, facts: Callable[[], dict[str, Any]]) -> None:
         """That ``facts()`` are the same on all ranks.
@@ -130,7 +141,7 @@ def ranks_of(model: Any, split: Split | None) -> tuple[Ranks, Split] | None:
                 f"call torch.distributed.init_process_group"
             )
         return None
-    group = _tensor_parallel_group(model)
+    group = tensor_parallel_group(model)
     if group is None and split is None:
         return None
     ranks = Ranks(group)
@@ -147,7 +158,6 @@ def agree(together: tuple[Ranks, Split], model: Any, lens: Any, asked: dict[str,
         RuntimeError: a check failed on another rank.
     """
     from tuned_lens_fast.data import fingerprint
-    from tuned_lens_fast.streaming import choose_for
 
     ranks, split = together
 
@@ -162,13 +172,13 @@ def agree(together: tuple[Ranks, Split], model: Any, lens: Any, asked: dict[str,
             elif isinstance(value, Iterable) and not isinstance(value, (str, Sequence)):
                 value = sorted(value)
             told[name] = value
-        told["engine"] = choose_for(asked["engine"], head, split).name
+        told["engine"] = choose(asked["engine"], head.device, head.dtype, of_a_part=split == "vocabulary").name
         return told
 
     ranks.agree(facts)
 
 
-def _tensor_parallel_group(model: Any) -> Any:
+def tensor_parallel_group(model: Any) -> Any:
     """The process group over which weights of the model are cut; None where they are whole, or FSDP2's."""
     from tuned_lens_fast.models.alias import is_fully_sharded
 

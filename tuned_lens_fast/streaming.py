@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tuned_lens_fast import budget
-from tuned_lens_fast.engines import ENGINES, choose
+from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Query, Readout
@@ -256,7 +256,7 @@ def prepare(
         if targets != "next":
             raise ValueError(f"targets: got {targets!r}, wanted 'next', ids or None")
         targets = next_tokens(input_ids, attention_mask)
-    chosen = choose_for(engine, head.weight, split)
+    chosen = choose(engine, head.weight.device, head.weight.dtype, of_a_part=shard is not None)
     if shard is not None and ranks is not None:
         chosen = ShardedEngine(cast(EagerEngine, chosen), shard, ranks)
     # What the lens will be compared with is not known yet.
@@ -309,21 +309,6 @@ def prepare(
         None if query.targets is None else query.targets.reshape(batch, positions), query, watch, chosen,
         own_head, ranks, split,
     )  # fmt: skip
-
-
-def choose_for(engine: str, weight: Tensor, split: Split | None) -> Engine:
-    """The engine that reads with a head of ``weight``; where the vocabulary is split, one that walks a part of it.
-
-    Raises:
-        ValueError: no such engine, or it does not work there, or not so.
-    """
-    device, dtype = weight.device, weight.dtype
-    if split == "vocabulary":
-        if engine == "auto":
-            engine = "native" if ENGINES["native"].unavailable(device, dtype) is None else "eager"
-        if engine == "triton":
-            raise ValueError("engine: 'triton' reads the whole vocabulary; use 'native', 'eager' or split='rows'")
-    return choose(engine, device, dtype)
 
 
 def _decided(ranks: Ranks | None, value: Any) -> Any:
