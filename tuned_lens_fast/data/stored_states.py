@@ -94,7 +94,8 @@ def decode_states(
         targets: "next" for the following token, or None.
         top_k, watch, stats, tokenizer, engine: see :func:`~tuned_lens_fast.decode.decode`; with the output kl is among
             the default statistics.
-        memory_budget: bytes of a chunk's hidden states and scratch beyond inputs and results; 256 MiB if None.
+        memory_budget: bytes of a chunk's hidden states and scratch beyond inputs and results; by default as in
+            :func:`~tuned_lens_fast.decode.decode_model`.
         out: a folder to write the statistics to, as a Parquet data set that can be resumed; see
             :func:`~tuned_lens_fast.data.dataset.decode_documents`. A document is called like its file, or by its
             number. ``source`` has to be files or a sequence.
@@ -204,7 +205,7 @@ class _Reader:
         self.asked = top_k, None if watch is None else watch.ids, stats
         self.head = lens.unembed.head
         self.engine = choose(engine, self.head.weight.device, self.head.weight.dtype)
-        self.budget = check_budget(memory_budget)
+        self.budget = check_budget(memory_budget, self.head.weight.device)
         self.count = len(lens) if hasattr(lens, "__len__") else getattr(lens.unembed, "num_hidden_layers", None)
         self.layers = None if layers is None else [*layers]
         if self.layers is not None:
