@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from torch import Tensor
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli.arguments import add_engine_options, add_model_options, layer_numbers, positive
+from tuned_lens_fast.cli.launched import add_tp, check_tp, group_of, processes
 from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
@@ -120,6 +122,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add_model_options(command)
+    add_tp(command)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
@@ -133,6 +136,13 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
         if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
             parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
+    check_tp(parser, args.tp)
+    if (args.tp or 1) > 1 and (args.device or args.gguf_file):
+        parser.error("--tp: each process takes a GPU of its own, and no GGUF file; leave out --device and --gguf-file")
+    if processes() > (args.tp or 1) and not _is_folder(args.out):
+        parser.error(
+            f"--out: {processes()} processes share the work on a folder, got {args.out or 'none'}; or name --tp"
+        )
     if args.jsonl is not None and not _is_folder(args.out):
         parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
     if args.jsonl is None and (args.text_column or args.id_column):
@@ -173,6 +183,16 @@ def _is_folder(out: Path | None) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    with group_of(args.tp or 1) as leads:
+        if not leads and not _is_folder(args.out):
+            args.out = None
+        if not leads:
+            args.html, args.json = None, False
+        args.quiet = args.quiet or os.environ.get("RANK", "0") != "0"
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
     if args.jsonl is None:
         documents = [Document(None, None, read_text(args))]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuned_lens_fast.cli.launched import processes
 from tuned_lens_fast.data.jsonl import Document
 from tuned_lens_fast.messages import listed, quoted, shortened
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
@@ -22,7 +23,8 @@ from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 
 def device_of(name: str | None) -> torch.device:
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 and "LOCAL_RANK" in os.environ else "cuda"
+        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
@@ -33,7 +35,11 @@ def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
-    device = device_of(args.device)
+    device, tp, options = device_of(args.device), getattr(args, "tp", None) or 1, {}
+    if tp > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(tp_size=tp)
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
     hidden = redirect_stderr(io.StringIO()) if args.gguf_file and not args.debug else nullcontext()
     with model_errors(args.model), hidden:
@@ -43,7 +49,10 @@ def load_model(args: argparse.Namespace) -> Any:
             gguf_file=args.gguf_file,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=args.trust_remote_code,
+            **options,
         )
+    if tp > 1:
+        return model.eval()  # each process has its parts, where it computes
     model.to(device)
     for parameter in model.parameters():
         # Weights are mapped from their file, and resident only once read: a page is 4 KiB. Read now, they

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, layer_numbers, number, positive, whole
+from tuned_lens_fast.cli.launched import group_of, processes
 from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_model, load_tokenizer, model_errors
 from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.folder import cannot_write
@@ -220,6 +221,12 @@ def _resumes(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    with group_of(processes()) as leads:
+        args.quiet = args.quiet or not leads
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
     check_folder(args.model)
     args.gguf_file = args.gguf_file or gguf_in(args.model)

@@ -146,19 +146,17 @@ def _only_embeds(model: Any, places: list[_Place]) -> bool:
 
 
 def _keys(model: Any, files: dict[str, Path], path: str) -> dict[str, str]:
-    """The checkpoint's name of every tensor of the model that is not in a block."""
-    block = f".{path.rpartition('.')[2]}."
-    outside = [key for key in files if block not in f".{key}"]
+    """The checkpoint's name of the model's tensors, of all that are not in a block at ``path`` if it has them."""
     names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     prefix = f"{model.base_model_prefix}."
     found: dict[str, str] = {}
-    for key in outside:
+    for key in files:
         for name in (key, prefix + key, key.removeprefix(prefix)):
             if name in names:
                 found.setdefault(name, key)
                 break
     if any(not name.startswith(f"{path}.") for name in names - found.keys()):
-        found = {name: key for name, key in _renamed(model, outside).items() if name in names} | found
+        found = {name: key for name, key in _renamed(model, [*files]).items() if name in names} | found
     return found
 
 

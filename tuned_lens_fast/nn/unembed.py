@@ -27,6 +27,7 @@ from tuned_lens_fast import model_surgery
 from tuned_lens_fast.engines.interface import Head, Norm, Shard
 from tuned_lens_fast.models.alias import frozen_alias
 from tuned_lens_fast.models.checkpoint_end import load_end
+from tuned_lens_fast.models.forward_pass import name_of
 from tuned_lens_fast.models.resident import Resident, devices_of, execution_device, is_spread, plain
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
@@ -104,7 +105,15 @@ class Unembed(nn.Module):
         """
         unembed = cls.__new__(cls)
         nn.Module.__init__(unembed)
-        unembed._describe_traced(TracedModel(load_end(folder, trust_remote_code), run_blocks=False), verify=True)
+        model = load_end(folder, trust_remote_code)
+        try:
+            unembed._describe_traced(TracedModel(model, run_blocks=False), verify=True)
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:  # of tensors that are not loaded
+            raise NotImplementedError(
+                f"folder: the end of {name_of(model)} does not run without its blocks' weights ({error}); load the model"
+            ) from error
         return unembed
 
     @classmethod
