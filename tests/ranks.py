@@ -19,7 +19,8 @@ import torch.distributed as dist
 def on_ranks(world: int, *functions: Callable[[], Any]) -> list[dict[str, Any]]:
     """What each function returned, or the exception that it raised, by its name and on every rank.
 
-    The functions run one after the other on all of ``world`` processes, in one group of gloo.
+    The functions run one after the other on all of ``world`` processes, in one group of gloo. Of a process that a
+    function ends there is nothing.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -40,7 +41,8 @@ def on_ranks(world: int, *functions: Callable[[], Any]) -> list[dict[str, Any]]:
             children.append(pid)
         codes = [os.waitpid(pid, 0)[1] for pid in children]
         assert codes == [0] * world
-        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(world)]
+        files = [Path(folder, str(rank)) for rank in range(world)]
+        return [pickle.loads(file.read_bytes()) if file.exists() else {} for file in files]
 
 
 def _run(rank: int, world: int, port: int, functions: tuple[Callable[[], Any], ...]) -> bytes:

@@ -27,11 +27,14 @@ def is_affine(lens: DecodableLens) -> TypeGuard[AffineLens]:
     return getattr(lens, "affine", hasattr(lens, "translator"))
 
 
-def readout_of(lens: DecodableLens, layers: Iterable[int]) -> Readout:
-    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states."""
+def readout_of(lens: DecodableLens, layers: Iterable[int], head: Head | None = None) -> Readout:
+    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states.
+
+    ``head`` stands in for the lens's own.
+    """
     if is_affine(lens):
-        return Readout.of(lens, layers)
-    return Readout((None,) * len(list(layers)), lens.unembed.norm, lens.unembed.head)
+        return Readout.of(lens, layers, head)
+    return Readout((None,) * len(list(layers)), lens.unembed.norm, head or lens.unembed.head)
 
 
 def read(
@@ -52,8 +55,7 @@ def read(
     Raises:
         ValueError: see :func:`transformed`.
     """
-    readout = readout_of(lens, layers)
-    readout = readout if head is None else replace(readout, head=head)
+    readout = readout_of(lens, layers, head)
     home = readout.head.weight.device
     if any(entry.device != home for entry in hidden):
         if is_affine(lens) and head is None:

@@ -43,8 +43,9 @@ class Claims:
     with a warning, and on Windows one process at a time is let in.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, ranks: int = 1) -> None:
+        """``ranks`` processes work as one, of which this is the first."""
+        self._path, self._ranks = path, ranks
         self._file = -1
         self._closing = ExitStack()
         self.rank, self.of = 0, 1  #: shares are taken by number, which of how many
@@ -95,7 +96,8 @@ class Claims:
     def _do_without(self) -> None:
         self._closing.close()
         self._file = -1
-        self.rank, self.of = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+        told = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", self._ranks)))
+        self.rank, self.of = (number // self._ranks for number in told)
         writes = "nothing else writes there"
         if self.of > 1:
             writes = f"only the {self.of} processes of this job write there, of which each takes its own share"

@@ -13,12 +13,14 @@ import platform
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tuned_lens_fast import budget, progress
@@ -30,8 +32,10 @@ from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.inputs import Watched, padded, read_prompt, read_watch
+from tuned_lens_fast.models.alias import is_fully_sharded
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.models.forward_pass import input_device
+from tuned_lens_fast.ranks import Ranks, Split, agree, ranks_of
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
 from tuned_lens_fast.validation import check_model
@@ -44,6 +48,8 @@ _log = logging.getLogger(__name__)
 _Inputs = Callable[[Sequence[int]], tuple[Tensor, Tensor | None, Tensor | Literal["next"] | None]]
 #: A batch, and how many tokens there are in each of its chunks.
 _Planned = tuple[Batch, list[int]]
+#: Batches, and the numbers of those of their chunks that are to be decoded.
+_Work = list[tuple[Batch, list[int]]]
 #: Bytes of statistics in a part at least, of which its file takes about two thirds; and in how many parts a run that is
 #: small for that is cut, so that several processes find work.
 _PART_BYTES, _LEAST_PARTS = 96 * 2**20, 64
@@ -65,6 +71,7 @@ def decode_documents(
     chunk: int | None = None,
     engine: str = "auto",
     memory_budget: int | None = None,
+    split: Split | None = None,
 ) -> Path:
     """Decode many documents into the folder ``out``, a Parquet data set with a row for every layer and position.
 
@@ -75,8 +82,9 @@ def decode_documents(
     of threads and memory budget; a run that goes on with others warns.
 
     Args:
-        model, lens, layers, top_k, watch, stats, engine, memory_budget: as for :func:`decode_model`. A resumed run
-            keeps the batches and chunks that its first start planned, whatever the budget.
+        model, lens, layers, top_k, watch, stats, engine, memory_budget, split: as for :func:`decode_model`. A resumed
+            run keeps the batches and chunks that its first start planned, whatever the budget. Ranks that read a model
+            together are one process to others, and the first of them writes.
         documents: token ids of each, one dimension, not empty. A list or an iterator, held in four bytes a token; or an
             array of pyarrow's, a list for each document, which may be mapped from a file and is not read as a whole.
         out: the folder, made if it is not there; else one of the same run, or an empty one.
@@ -100,9 +108,22 @@ def decode_documents(
     if targets not in ("next", None):
         raise ValueError(f"targets: got {targets!r}, wanted 'next' or None")
     model = check_model(model)
-    held = read_documents(model, documents)
-    names = _check_names(ids, len(held))
+    together = _ranks_of(model, split)
+    with _all_or_none(together and together[0]):
+        held = read_documents(model, documents)
+        names = _check_names(ids, len(held))
+        asked: dict[str, Any] = {
+            "layers": [*layers] if together and isinstance(layers, Iterable) else layers,
+            "top_k": top_k,
+            "watch": read_watch(watch, tokenizer),
+            "stats": stats,
+            "chunk": chunk,
+        }
+    asked["engine"] = _engine(engine, out, lens, together)
     lengths = held.lengths()
+    if together is not None:
+        text = {"documents": fingerprint.of_tensors(held)[:12], "targets": targets, "memory_budget": memory_budget}
+        agree(together, model, lens, {"out": str(out), **text, **asked})
 
     def inputs(numbers: Sequence[int]) -> tuple[Tensor, Tensor | None, Literal["next"] | None]:
         return *padded([held[i] for i in numbers], input_device(model)), targets
@@ -112,14 +133,10 @@ def decode_documents(
         model,
         lens,
         longest,
-        layers=layers,
         targets=targets,
-        top_k=top_k,
-        watch=read_watch(watch, tokenizer),
-        stats=stats,
-        chunk=chunk,
-        engine=_engine(engine, out, lens),
         memory_budget=memory_budget,
+        together=together,
+        **asked,
     )
 
     def plan() -> list[_Planned]:
@@ -146,7 +163,7 @@ def decode_to(
     attention_mask: Tensor | None = None,
     tokenizer: Any = None,
     targets: Tensor | Literal["next"] | None = "next",
-    chunk: int | None = None,
+    split: Split | None = None,
     **question: Any,
 ) -> Path:
     """:func:`decode_model` of a prompt ``[positions]`` or ``[batch, positions]`` into the folder ``out``.
@@ -156,10 +173,15 @@ def decode_to(
     see :func:`decode_model`.
     """
     model = check_model(model)
-    input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
-    question["engine"] = _engine(question.get("engine", "auto"), out, lens)
-    question["watch"] = read_watch(question.get("watch"), tokenizer)
-    prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, chunk=chunk, **question)
+    together = _ranks_of(model, split)
+    with _all_or_none(together and together[0]):
+        input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
+        question["watch"] = read_watch(question.get("watch"), tokenizer)
+    question["engine"] = _engine(question.get("engine", "auto"), out, lens, together)
+    if together is not None:
+        asked = {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets, **question}
+        agree(together, model, lens, {"out": str(out), **asked})
+    prepared = prepare(model, lens, input_ids, attention_mask, targets=targets, together=together, **question)
     ids, mask, wanted = prepared.input_ids, prepared.attention_mask, prepared.targets
     wide = [None if values is None else values.to(torch.int64) for values in (ids, mask)]
     text = {"text": fingerprint.of_tensors(wide), "targets": fingerprint.of_tensors([wanted]), "tokenizer": None}
@@ -234,10 +256,25 @@ def _decode(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
         "threads": torch.get_num_threads(),
         "memory_budget": prepared.plan.budget,
+        "ranks": 1 if prepared.ranks is None else prepared.ranks.size,
     }
 
-    answer = budget.statistics_bytes(query)
-    with run_folder(out, identity, called, made_with, lambda: shares_of(plan(), layers, answer)) as folder:
+    ranks, answer = prepared.ranks, budget.statistics_bytes(query)
+    # Of a group all ranks plan, since they tell each other how engines cut their work, and the first one writes.
+    planned = None if ranks is None else shares_of(plan(), layers, answer)
+
+    def shares() -> list[Share]:
+        return shares_of(plan(), layers, answer) if planned is None else planned
+
+    with ExitStack() as opened:
+        with _all_or_none(ranks):
+            folder = None
+            if ranks is None or ranks.rank == 0:
+                found = run_folder(out, identity, called, made_with, shares, 1 if ranks is None else ranks.size)
+                folder = opened.enter_context(found)
+        if folder is None:
+            _follow(prepared, inputs)
+            return Path(out)
         changed = [
             f"{key} {folder.begun_with.get(key)} then, {value} now"
             for key, value in made_with.items()
@@ -251,7 +288,7 @@ def _decode(
             sum(folder.has(*place) for place in places),
         )  # fmt: skip
         Writing(folder, prepared, names, inputs, tokenizer, changed).run()
-    return folder.path
+    return Path(out)
 
 
 @dataclass
@@ -279,47 +316,81 @@ class Writing:
             # Parts are written while the next chunk runs: on a GPU that takes as long.
             with ThreadPoolExecutor(1) as writer:
                 pending: Future[None] | None = None
-                for number, lacking in self.folder.claimed():
-                    if self.changed:
-                        warnings.warn(
-                            f"out: the run began under other conditions ({'; '.join(self.changed)}), so that the last "
-                            f"bits of what is decoded now may differ from an undisturbed run's",
-                            stacklevel=4,
-                        )
-                        self.changed = []
+                claimed = self.folder.claimed()
+                while True:
+                    with self._telling_of_errors():
+                        number, lacking = next(claimed, (-1, []))
+                        if number < 0 and pending is not None:
+                            pending.result()
+                    work = self._work(number, lacking) if number >= 0 else None
+                    self._tell(work)
+                    if work is None:
+                        break
+                    self._warn_of_changes()
                     by_others = [other for other in expected if other != number and self.folder.has_all(other)]
                     progress.expect(self._rows(number, lacking) - expected.pop(number, 0))
                     progress.expect(-sum(map(expected.pop, by_others)))
-                    for step in self._share(number, lacking):
-                        if pending is not None:
-                            pending.result()
-                        pending = writer.submit(step)
+                    failed: Exception | None = None
+                    for step in self._share(number, work):
+                        try:
+                            if pending is not None:
+                                pending.result()
+                            pending = None if failed else writer.submit(step)
+                        except Exception as error:
+                            if self.prepared.ranks is None:
+                                raise
+                            pending, failed = None, error  # the other ranks are in this share until its end
                         del step
-                if pending is not None:
-                    pending.result()
+                    if failed is not None:
+                        with self._telling_of_errors():
+                            raise failed
         finally:
             if self._open is not None:
                 self._open.abandon()
         progress.expect(-sum(expected.values()))
 
+    def _tell(self, work: _Work | str | None) -> None:
+        if self.prepared.ranks is not None:
+            self.prepared.ranks.first(work)
+
+    @contextmanager
+    def _telling_of_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._tell(f"{type(error).__name__}: {error}")
+            raise
+
+    def _warn_of_changes(self) -> None:
+        if self.changed:
+            warnings.warn(
+                f"out: the run began under other conditions ({'; '.join(self.changed)}), so that the last bits of what "
+                f"is decoded now may differ from an undisturbed run's",
+                stacklevel=5,
+            )
+            self.changed = []
+
+    def _work(self, number: int, parts: Collection[int]) -> _Work:
+        """The batches of a share, and the numbers of those of their chunks that some of its parts have."""
+        part_of, first, work = _part_of(self.folder.shares[number]), 0, []
+        for batch in self.folder.shares[number].batches:
+            chunks = range(len(batch.boundaries))
+            work.append((batch, [chunk for chunk in chunks if part_of[first + chunk] in parts]))
+            first += len(chunks)
+        return work
+
     def _rows(self, number: int, parts: Collection[int]) -> int:
         """Of layers and positions that are decoded for some parts of a share, padding included."""
-        layers, found, first = len(self.prepared.numbers) + 1, 0, 0
-        part_of = _part_of(self.folder.shares[number])
-        for batch in self.folder.shares[number].batches:
-            for chunk, size in enumerate(_sizes(batch.boundaries), first):
-                found += layers * len(batch.documents) * size * (part_of[chunk] in parts)
-            first += len(batch.boundaries)
-        return found
+        work = [(len(batch.documents), _sizes(batch.boundaries), of) for batch, of in self._work(number, parts)]
+        return (len(self.prepared.numbers) + 1) * sum(n * sum(sizes[chunk] for chunk in of) for n, sizes, of in work)
 
-    def _share(self, number: int, lacking: list[int]) -> Iterator[Callable[[], None]]:
+    def _share(self, number: int, work: _Work) -> Iterator[Callable[[], None]]:
         """Decode what a share lacks, chunk by chunk, and yield what is to be done with each, in order."""
         share = self.folder.shares[number]
         part_of, first = _part_of(share), 0
-        for batch in share.batches:
-            of_batch = part_of[first : first + len(batch.boundaries)]
-            for chunk, add in self._batch(batch, [chunk for chunk, part in enumerate(of_batch) if part in lacking]):
-                part = of_batch[chunk]
+        for batch, wanted in work:
+            for chunk, add in self._batch(batch, wanted):
+                part = part_of[first + chunk]
                 if self._open is None:
                     self._open = self.folder.begin(number, part)
                 yield functools.partial(add, self._open)
@@ -334,21 +405,7 @@ class Writing:
         if not wanted:
             return
         ids, mask, targets = self.inputs(batch.documents)
-        query = self.prepared.query
-        prepared = prepare(
-            self.prepared.model,
-            self.prepared.lens,
-            ids,
-            mask,
-            layers=self.prepared.numbers,
-            targets=targets,
-            top_k=query.top_k,
-            watch=self.prepared.watch,
-            stats=query.stats,
-            boundaries=batch.boundaries,
-            engine=self.prepared.engine.name,
-            memory_budget=self.prepared.plan.budget,
-        )
+        prepared = _anew(self.prepared, batch, ids, mask, targets)
         if self._told is None or self._told.chunk < prepared.plan.chunk:
             self._told = prepared.plan
             _log.info("%s", self._told)
@@ -362,8 +419,55 @@ class Writing:
             del columns
 
 
+def _follow(prepared: Prepared, inputs: _Inputs) -> None:
+    """Decode with the first rank what it writes."""
+    assert prepared.ranks is not None
+    while (work := prepared.ranks.first(None)) is not None:
+        if isinstance(work, str):
+            raise RuntimeError(f"rank 0 failed: {work}")
+        for batch, wanted in work:
+            if wanted:
+                for _ in _anew(prepared, batch, *inputs(batch.documents)).run(wanted.__contains__):
+                    pass
+
+
+def _anew(prepared: Prepared, batch: Batch, ids: Tensor, mask: Tensor | None, targets: Any) -> Prepared:
+    """The same question about a batch."""
+    query = prepared.query
+    return prepare(
+        prepared.model,
+        prepared.lens,
+        ids,
+        mask,
+        layers=prepared.numbers,
+        targets=targets,
+        top_k=query.top_k,
+        watch=prepared.watch,
+        stats=query.stats,
+        boundaries=batch.boundaries,
+        engine=prepared.engine.name,
+        memory_budget=prepared.plan.budget,
+        together=prepared.together,
+    )
+
+
 def _add(columns: tuple[Any, ...], part: Part) -> None:
     part.add(table_of(*columns), int(columns[4].sum()))
+
+
+def _ranks_of(model: Any, split: Split | None) -> tuple[Ranks, Split] | None:
+    """As :func:`ranks_of`, of a model whose ranks may run different documents at a time."""
+    if dist.is_available() and dist.is_initialized() and any(map(is_fully_sharded, model.modules())):
+        raise ValueError(
+            "model: it is in FSDP2, of which all ranks have to run all that one runs, and documents are shared out; "
+            "split it with tp_plan, or give each process a model of its own"
+        )
+    return ranks_of(model, split)
+
+
+def _all_or_none(ranks: Ranks | None) -> AbstractContextManager[None]:
+    """A block that all ranks get through, or none."""
+    return nullcontext() if ranks is None else ranks.together()
 
 
 def _part_of(share: Share) -> list[int]:
@@ -403,9 +507,11 @@ def shares_of(planned: list[_Planned], layers: int, answer: int) -> list[Share]:
     return shares
 
 
-def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens) -> str:
+def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens, together: tuple[Ranks, Split] | None) -> str:
     """What ``asked`` means for the folder: a run that is there goes on with its own engine, if that works here."""
     recorded = recorded_engine(out) if asked == "auto" else None
+    if together is not None:
+        recorded = together[0].first(recorded)  # the folder may change between two looks
     weight = lens.unembed.head.weight if hasattr(lens, "unembed") else None
     if recorded not in ENGINES or weight is None:
         return asked
@@ -420,7 +526,7 @@ def positions_at_once(prepared: Prepared, positions: int) -> int:
         positions,
         engine=prepared.engine,
         hidden=hidden_dtype(prepared.model),
-        readout=readout_of(lens, prepared.numbers),
+        readout=readout_of(lens, prepared.numbers, prepared.head),
         query=prepared.query,
         memory_budget=prepared.plan.budget,
     ).chunk

@@ -267,6 +267,7 @@ def run_folder(
     names: dict[str, str],
     made_with: dict[str, Any],
     plan: Callable[[], list[Share]],
+    ranks: int = 1,
 ) -> Iterator[RunFolder]:
     """The folder ``path`` for one run: a new one, or one that others began and may be writing to.
 
@@ -276,6 +277,7 @@ def run_folder(
         names: what people call some entries of ``identity`` that are only hashes there.
         made_with: versions and the like, on which the last bits of the rows may depend; recorded and not compared.
         plan: called for a new run; the shares of one that is there are kept.
+        ranks: processes that work as one, of which this is the first.
 
     Raises:
         ValueError: the folder is another run's, holds other things, or has a damaged manifest.
@@ -295,7 +297,7 @@ def run_folder(
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    with Claims(path) as claims:
+    with Claims(path, ranks) as claims:
         with claims.guard():
             if shares is not None and not (path / MANIFEST).exists():
                 if claims.rank:

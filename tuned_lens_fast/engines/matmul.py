@@ -113,15 +113,18 @@ class Matmul:
         Another way of summing the same product may rank a token behind its equals. x has rows layers x positions,
         targets int64 ``[positions]``, no more than ``width`` of them, a tile's tokens; fp32 ``[rows]``.
         """
-        at_once, ids = targets.shape[0], targets.clamp(min=0)
+        z = self.logits_of(x, targets.clamp(min=0), width).unflatten(0, (-1, targets.shape[0]))
+        return z.diagonal(dim1=1, dim2=2).flatten()
+
+    def logits_of(self, x: Packed, ids: Tensor, width: int) -> Tensor:
+        """fp32 logits ``[rows, ids]`` of at most ``width`` tokens, a tile's, by a tile's own arithmetic."""
         weight = self.head.weight[ids]
         if self.shape_dependent:
             # What stands in the rest does not matter, its columns are dropped.
             as_wide = weight.new_empty(width, weight.shape[1])
-            as_wide[:at_once] = weight
+            as_wide[: len(ids)] = weight
             weight = as_wide
-        z = self._logits(self.multiply(x, weight)[:, :at_once], ids).unflatten(0, (-1, at_once))
-        return z.diagonal(dim1=1, dim2=2).flatten()
+        return self._logits(self.multiply(x, weight)[:, : len(ids)], ids)
 
     def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
         """Add shares W to ``sums``, fp32 ``[rows, d_model]``; shares: fp32 ``[rows, tokens]``, of a tile.

@@ -45,9 +45,15 @@ class ChunkedPass:
                 self._inputs.setdefault("position_ids", counted)
 
     @torch.no_grad()
-    def __call__(self, positions: slice) -> tuple[list[Tensor], Tensor]:
-        """What enters each of the layers at ``positions`` and what the head receives, ``[batch, positions, width]``."""
-        with recorded(self._model, self._layers, None if self._cached else positions) as recorder:
+    def __call__(self, positions: slice, kept: slice | None = None) -> tuple[list[Tensor], Tensor]:
+        """What enters each of the layers at ``positions`` and what the head receives, ``[batch, positions, width]``.
+
+        Of these, only ``kept`` are recorded if they are given; both count from the prompt's start.
+        """
+        recording = None if self._cached and kept is None else kept or positions
+        if self._cached and recording is not None:
+            recording = slice(recording.start - positions.start, recording.stop - positions.start)
+        with recorded(self._model, self._layers, recording) as recorder:
             self._run(positions)
             return recorder.take()
 

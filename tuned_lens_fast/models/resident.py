@@ -145,6 +145,10 @@ class Resident:
             self._versions = versions
         return self._copy
 
+    def forget(self) -> None:
+        """Let go of the copy, where there is one, until it is asked for again."""
+        self._copy = None
+
     def __reduce__(self) -> tuple:
         """As a plain module, which works alone."""
         module = self()

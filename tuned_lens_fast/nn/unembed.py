@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from tuned_lens_fast import model_surgery
-from tuned_lens_fast.engines.interface import Head, Norm
+from tuned_lens_fast.engines.interface import Head, Norm, Shard
 from tuned_lens_fast.models.alias import frozen_alias
 from tuned_lens_fast.models.checkpoint_end import load_end
 from tuned_lens_fast.models.forward_pass import name_of
-from tuned_lens_fast.models.resident import Resident, devices_of
+from tuned_lens_fast.models.resident import Resident, devices_of, execution_device, is_spread, plain
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
@@ -112,7 +112,7 @@ class Unembed(nn.Module):
             raise
         except RuntimeError as error:  # of tensors that are not loaded
             raise NotImplementedError(
-                f"folder: the end of {name_of(model)} does not run without its blocks' weights ({error}); load the model"
+                f"folder: the end of {name_of(model)} does not run without its blocks ({error}); load all of the model"
             ) from error
         return unembed
 
@@ -210,7 +210,7 @@ class Unembed(nn.Module):
     @property
     def norm(self) -> Norm:
         """The final norm and factor as the engines take them; its tensors alias the model's."""
-        module, factor = self._end()[0], self._transform.factor
+        module, factor = self._own_norm(), self._transform.factor
         if isinstance(module, nn.Identity):
             return Norm(kind="identity", factor=factor)
         if self._formula is None:
@@ -241,6 +241,33 @@ class Unembed(nn.Module):
             scale=self._transform.scale,
             softcap=self._transform.softcap,
         )
+
+    def shard(self, rank: int, ranks: int) -> Shard:
+        """What the rank holds of the head: of one that is split over as many ranks, the part that lies there already;
+        else its share of the rows.
+        """
+        linear: Any = self._model_end[1].module
+        if self._moved is None and isinstance(linear, nn.Linear) and is_spread(linear.weight):
+            weight: Any = linear.weight
+            if [placement.is_shard(0) for placement in weight.placements] == [
+                True
+            ] and weight.device_mesh.size() == ranks:
+                self._model_end[1].forget()
+                biases = None if linear.bias is None else plain(linear.bias)
+                return self._shard(weight.to_local().detach(), biases, weight.shape[0], rank, ranks)
+        head = self.head
+        largest = -(-head.vocab // ranks)
+        mine = slice(min(rank * largest, head.vocab), min((rank + 1) * largest, head.vocab))
+        return self._shard(head.weight[mine], head.bias, head.vocab, rank, ranks)
+
+    def _shard(self, weight: Tensor, biases: Tensor | None, rows: int, rank: int, ranks: int) -> Shard:
+        """Of a head of so many rows, cut as ``torch.chunk`` does, the rank's, less those that the model cuts off."""
+        vocab, largest = self._transform.vocab or rows, -(-rows // ranks)
+        first = min(rank * largest, vocab)
+        weight = weight[: max(0, vocab - first)]
+        bias = None if biases is None else biases[first : first + len(weight)]
+        head = Head(weight, bias, self._transform.scale, self._transform.softcap)
+        return Shard(head, first, vocab, min(largest, vocab))
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits, as the model itself computes them from the output of its last block.
@@ -369,6 +396,14 @@ class Unembed(nn.Module):
             return self._moved
         self._moved = None
         return norm(linear.weight.device), linear
+
+    def _own_norm(self) -> nn.Module:
+        """The norm of :meth:`_end`, for which the head is not gathered."""
+        norm, head = self._model_end
+        device = execution_device(head.module)
+        if self._moved is not None and self._moved[1].weight.device != device:
+            return self._moved[0]
+        return norm(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unembed:
         """Follows the lens to another device; see the class."""
