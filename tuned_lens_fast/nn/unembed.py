@@ -112,7 +112,7 @@ class Unembed(nn.Module):
             raise
         except RuntimeError as error:  # of tensors that are not loaded
             raise NotImplementedError(
-                f"folder: the end of {name_of(model)} does not run without its blocks' weights ({error}); load the model"
+                f"folder: the end of {name_of(model)} does not run without its blocks ({error}); load all of the model"
             ) from error
         return unembed
 
