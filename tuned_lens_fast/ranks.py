@@ -37,7 +37,7 @@ class Ranks:
 
     def shares(self, total: int) -> list[slice]:
         """0..total in as many parts as there are ranks, as even as can be; some are empty where there are too few."""
-        return [slice(rank * total // self.size, (rank + 1) * total // self.size) for rank in range(self.size)]
+        return shares(total, self.size)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Every rank's ``tensors``, which have the same shapes and dtypes on all; by rank."""
@@ -121,6 +121,11 @@ class Ranks:
                 f"rank {self.rank} of {self.size} cannot reach the others, of which one has ended or hangs: "
                 f"{shortened(error, 200)}"
             ) from error
+
+
+def shares(total: int, of: int) -> list[slice]:
+    """0..total in ``of`` parts, as even as can be; some are empty where there is too little."""
+    return [slice(part * total // of, (part + 1) * total // of) for part in range(of)]
 
 
 def ranks_of(model: Any, split: Split | None) -> tuple[Ranks, Split] | None:

@@ -10,10 +10,30 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+import torch.distributed as dist
+
+from tuned_lens_fast.messages import quoted, shortened
+
 
 def processes() -> int:
     """How many make this call."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """The device called ``name``; a GPU of this process's own, if there is one, for None.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    try:
+        own = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 and "LOCAL_RANK" in os.environ else "cuda"
+        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
+    return device
 
 
 def add_tp(command: argparse.ArgumentParser) -> None:
@@ -47,16 +67,11 @@ def group_of(size: int) -> Iterator[bool]:
     if size == 1:
         yield True
         return
-    import torch
-    import torch.distributed as dist
-
-    from tuned_lens_fast.cli.loading import device_of
-
     if dist.is_initialized():
         yield dist.get_rank() == 0
         return
     store, rank, _ = next(iter(dist.rendezvous("env://")))
-    device = device_of(None)
+    device = device_of()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -15,20 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuned_lens_fast.cli.launched import processes
+from tuned_lens_fast.cli.launched import device_of
 from tuned_lens_fast.data.jsonl import Document
 from tuned_lens_fast.messages import listed, quoted, shortened
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
-
-
-def device_of(name: str | None) -> torch.device:
-    try:
-        own = f"cuda:{os.environ['LOCAL_RANK']}" if processes() > 1 and "LOCAL_RANK" in os.environ else "cuda"
-        device = torch.device(name or (own if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
-    return device
 
 
 def load_model(args: argparse.Namespace) -> Any:
