@@ -33,7 +33,7 @@ def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
-    device = device_of(args.device)
+    device = None if args.device_map else device_of(args.device)
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
     hidden = redirect_stderr(io.StringIO()) if args.gguf_file and not args.debug else nullcontext()
     with model_errors(args.model), hidden:
@@ -43,8 +43,10 @@ def load_model(args: argparse.Namespace) -> Any:
             gguf_file=args.gguf_file,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=args.trust_remote_code,
+            device_map=args.device_map,
         )
-    model.to(device)
+    if device is not None:
+        model.to(device)
     for parameter in model.parameters():
         # Weights are mapped from their file, and resident only once read: a page is 4 KiB. Read now, they
         # count as the model's memory, not as the decode's.
