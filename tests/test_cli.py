@@ -270,15 +270,15 @@ def test_a_text_into_a_folder(saved, tmp_path, capsys):
 def test_interrupted_between_parts(folder, tmp_path, capsys, monkeypatch):
     source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a" * 90}, {"text": "b" * 40}])
     argv = ["decode", folder, "--jsonl", source, "--chunk", "30", "--out", str(tmp_path / "run"), "--quiet"]
-    write = parts.RunFolder.write
+    add, added = parts.Part.add, []
 
-    def interrupted(self, batch, chunk, *columns):
-        if chunk == 2:
+    def interrupted(self, *columns):
+        if len(added) == 2:
             raise KeyboardInterrupt
-        write(self, batch, chunk, *columns)
+        added.append(add(self, *columns))
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts.RunFolder, "write", interrupted)
+        patch.setattr(parts.Part, "add", interrupted)
         assert cli.main(argv) == 130
     assert capsys.readouterr().err == "tuned-lens-fast: interrupted; the same command resumes\n"
     assert len(list((tmp_path / "run").glob("*.parquet"))) == 2
