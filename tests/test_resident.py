@@ -6,10 +6,12 @@ import pickle
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from tiny_models import D_MODEL, tiny
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -113,7 +115,13 @@ def found(folders):
         model = AutoModelForCausalLM.from_pretrained(
             folders / "qwen3_moe", distributed_config=DistributedConfig(pp_size=2)
         )
-        return [refusal(Unembed, model), refusal(residual_stream, model, IDS), refusal(read, model)]
+        stage = PipelineStage(tiny("llama"), dist.get_rank(), 2, torch.device("cpu"))
+        return [
+            refusal(Unembed, model),
+            refusal(residual_stream, model, IDS),
+            refusal(read, model),
+            refusal(Unembed, stage),
+        ]
 
     return on_ranks(2, tensor_parallel, fsdp2, fsdp2_of_transformers, fsdp2_trained, fsdp1, pipeline)
 

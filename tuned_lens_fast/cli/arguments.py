@@ -89,7 +89,13 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
     )
-    group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    place.add_argument(
+        "--device-map",
+        choices=["auto", "balanced", "balanced_low_0", "sequential"],
+        help="spread the model over all GPUs, and what does not fit over CPU and disk, as accelerate calls it",
+    )
 
 
 def add_engine_options(command: argparse.ArgumentParser) -> None:

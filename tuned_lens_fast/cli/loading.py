@@ -25,11 +25,12 @@ def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
-    device, tp, options = device_of(args.device), getattr(args, "tp", None) or 1, {}
+    device, tp = None if args.device_map else device_of(args.device), getattr(args, "tp", None) or 1
+    options: dict[str, Any] = {"device_map": args.device_map}
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(tp_size=tp)
+        options = {"distributed_config": DistributedConfig(tp_size=tp)}
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
     hidden = redirect_stderr(io.StringIO()) if args.gguf_file and not args.debug else nullcontext()
     with model_errors(args.model), hidden:
@@ -43,7 +44,8 @@ def load_model(args: argparse.Namespace) -> Any:
         )
     if tp > 1:
         return model.eval()  # each process has its parts, where it computes
-    model.to(device)
+    if device is not None:
+        model.to(device)
     for parameter in model.parameters():
         # Weights are mapped from their file, and resident only once read: a page is 4 KiB. Read now, they
         # count as the model's memory, not as the decode's.

@@ -6,6 +6,7 @@ time, read like those of a running model, and dropped.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from tuned_lens_fast import budget
+from tuned_lens_fast import budget, progress
 from tuned_lens_fast.checkpoint import open_safetensors
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.engines import choose
@@ -32,6 +33,7 @@ from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import next_tokens
 from tuned_lens_fast.validation import check_budget, check_ids, check_layer_numbers, check_query, kind
 
+_log = logging.getLogger(__name__)
 #: A text's hidden states ``[positions, layers, d_model]`` and its token ids ``[positions]``, or both by these names.
 Stored = tuple[Tensor, Tensor | None] | Mapping[str, Tensor]
 #: A file, a folder of such, or the texts themselves.
@@ -118,6 +120,18 @@ def decode_states(
     if isinstance(texts, _Files) and texts.single:
         return reader.whole(texts[0])
     return map(reader.whole, texts)
+
+
+def first_states(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
+    """The ``hidden_states`` and ``token_ids`` of a file, or of the first one in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`decode_states`; also a file without token ids.
+    """
+    text = _Files(Path(path))[0]
+    if text.token_ids is None:
+        raise ValueError(f"source: {text.name} holds no {_NAMES[1]}")
+    return text.hidden, text.token_ids
 
 
 @dataclass(frozen=True)
@@ -276,6 +290,9 @@ class _Reader:
     def whole(self, text: _Text) -> LensStats:
         """``[layers, positions]``."""
         query, planned = self.question(text)
+        _log.info("%s", planned)
+        numbers, _, output = self.numbers(text)
+        progress.expect((len(numbers) + (output is not None)) * len(text.hidden))
         parts = [self.read(text, query, planned, at) for at in slices(len(text.hidden), planned.chunk)]
         found = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
         return self.stats(text, found, query.targets)
@@ -372,6 +389,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
     with run_folder(out, identity, called, made_with, plan) as folder:
         for number, lacking in folder.claimed():
             share = folder.shares[number]
+            progress.expect(sum(share.rows[part] for part in lacking))
             chunks = [
                 (batch.documents[0], slice(start, stop))
                 for batch in share.batches

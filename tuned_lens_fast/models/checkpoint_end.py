@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tuned_lens_fast.messages import shortened
 from tuned_lens_fast.models.blocks import find_blocks, linear_head
+from tuned_lens_fast.models.forward_pass import name_of
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -31,6 +32,7 @@ def load_end(folder: str | os.PathLike[str], trust_remote_code: bool = False) ->
     Raises:
         FileNotFoundError: no such folder, or no safetensors in it.
         ValueError: the folder is no checkpoint of a causal LM, is damaged, or lacks a weight of the end.
+        NotImplementedError: the model has to run before its blocks are found.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -46,7 +48,14 @@ def load_end(folder: str | os.PathLike[str], trust_remote_code: bool = False) ->
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     except Exception as error:
         raise ValueError(f"folder: {folder} is no causal LM's checkpoint ({shortened(error, 300)})") from error
-    path, blocks = find_blocks(model)
+    try:
+        path, blocks = find_blocks(model)
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"folder: which parts of {name_of(model)} are its blocks shows only when it runs; load all of the model"
+        ) from error
     inside = {part for block in blocks for part in block.modules()}
     keys = _keys(model, files, path)
     tensors = _outside(model, inside)

@@ -69,16 +69,16 @@ def check_split(model: Any) -> None:
     Raises:
         NotImplementedError: one in FSDP1, or a stage of a pipeline. Every rank of it raises the same.
     """
-    if "torch.distributed.fsdp" in sys.modules and isinstance(model, nn.Module):
-        fsdp1 = sys.modules["torch.distributed.fsdp"].FullyShardedDataParallel
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and isinstance(model, nn.Module):
+        from torch.distributed.fsdp import FullyShardedDataParallel as fsdp1
+
         if any(isinstance(module, fsdp1) for module in model.modules()):
             raise NotImplementedError(
                 "model: it is in FullyShardedDataParallel (FSDP1), which keeps its weights in flat pieces; shard it "
                 "with torch.distributed.fsdp.fully_shard (FSDP2)"
             )
-    stages = ("PipelineStage", "_PipelineStageBase", "Pipe")
-    is_stage = any(kind.__name__ in stages or "_PipelineSchedule" in kind.__name__ for kind in type(model).__mro__)
-    if is_stage or hasattr(model, "_pp_stage"):
+    of_torch = any(kind.__module__.startswith("torch.distributed.pipelining") for kind in type(model).__mro__)
+    if of_torch or hasattr(model, "_pp_stage"):
         raise NotImplementedError(
             "model: it is a stage of a pipeline (PipelineStage), and a lens reads all blocks and the head; split it by "
             "tensor parallelism (tp_plan), FSDP2 or device_map"
