@@ -14,12 +14,12 @@ from dataclasses import dataclass
 RATES = {
     "peak": (989e12, "FLOP/s of an H100 SXM in bf16 without sparsity, by its data sheet"),
     "utilisation": (0.4, "of the peak that a model's forward pass reaches, assumed"),
-    "lens": (520e12, "FLOP/s of the fused engine, assumed for all shapes from runs on one H100"),
+    "lens": (520e12, "FLOP/s of the fused engine, assumed for all shapes"),
     "link": (300e9, "bytes/s that a GPU sends to others in its node, assumed for NVLink"),
     "network": (50e9, "bytes/s that a GPU sends to other nodes, assumed for 400 Gbit/s a GPU"),
     "memory": (80e9, "bytes of a GPU"),
     "top 10": (80, "bytes of a row on disk with the top 10, assumed"),
-    "plain": (22, "bytes of a row on disk without, assumed"),
+    "row": (22, "bytes of a row on disk without, assumed"),
 }
 GPUS = (1, 8, 64)
 CORPUS = 1e9  #: tokens
@@ -84,8 +84,9 @@ def corpus() -> list[str]:
                 lines.append(f"{start} does not fit | | |")
                 continue
             speed = gpus / (of_forward + of_lens)
-            size = CORPUS * (model.layers + 1) * rate("top 10") / 1e12
-            lines.append(f"{start} {_round(speed):,} | {CORPUS / speed / 3600:.1f} h | {size:.1f} TB |")
+            plain, with_top = (CORPUS * (model.layers + 1) * rate(kind) / 1e12 for kind in ("row", "top 10"))
+            size = f"{plain:.1f}, {with_top:.1f} TB"
+            lines.append(f"{start} {_round(speed):,} | {CORPUS / speed / 3600:.1f} h | {size} |")
     return lines
 
 
@@ -128,11 +129,14 @@ def training() -> list[str]:
     return lines
 
 
+def rates() -> list[str]:
+    return [f"- {name}: {value:,g}, {meaning}" for name, (value, meaning) in RATES.items()]
+
+
 def _round(value: float) -> int:
     """Two digits."""
     return int(float(f"{value:.2g}"))
 
 
 if __name__ == "__main__":
-    print("\n\n".join("\n".join(table) for table in (corpus(), splits(), training())))
-    print("\n".join(f"- {name}: {value:,g}; {meaning}" for name, (value, meaning) in RATES.items()))
+    print("\n\n".join("\n".join(table) for table in (corpus(), splits(), training(), rates())))

@@ -25,6 +25,7 @@ from tuned_lens_fast.ranks import Ranks, ranks_of
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from kill_resume import bits
 
+pytestmark = pytest.mark.slow  # processes that start, and models on each
 IDS = (torch.arange(2 * 9) * 37 % 97 + 3).view(2, 9)
 STATS = ["log_prob", "rank", "entropy", "max_prob", "kl", "reverse_kl", "js", "tv"]
 FLOATS = ["lse", "log_prob", "entropy", "max_prob", "kl", "reverse_kl", "js", "tv", "top_log_probs", "watch_log_probs"]

@@ -15,6 +15,7 @@ import tuned_lens_fast as tl
 from tuned_lens_fast.checkpoint import load_checkpoint
 from tuned_lens_fast.training import loop
 
+pytestmark = pytest.mark.slow  # processes that start, and training on each
 ASKED = {
     "steps": 6,
     "tokens_per_step": 96,

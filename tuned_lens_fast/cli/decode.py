@@ -160,7 +160,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
     for name in ("device", "device_map", "gguf_file"):
         if (args.tp or 1) > 1 and getattr(args, name):
             parser.error(
-                f"--tp: each process has its part of the model on a GPU of its own; leave out --{name.replace('_', '-')}"
+                f"--tp: each process has its part of the model on a GPU of its own; drop --{name.replace('_', '-')}"
             )
     if processes() > (args.tp or 1) and not _is_folder(args.out):
         parser.error(
