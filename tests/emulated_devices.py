@@ -22,8 +22,9 @@ FIRST, SECOND, THIRD = (torch.device("cpu", index) for index in (1, 2, 3))
 
 #: Where memory is, by its address; the references keep an address from being used again.
 _places: dict[int, tuple[StorageWeakRef, torch.device]] = {}
-#: Operations that take tensors of two devices: copies, and indices on the CPU.
-_ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index.", "aten::index_put", "aten::_index_put")
+#: Operations that take tensors of two devices: copies; and those that also take indices on the CPU.
+_ACROSS = ("aten::copy_", "aten::_to_copy")
+_INDEXED = ("aten::index.", "aten::index_put", "aten::_index_put")
 #: Operations that make a tensor like another, and to which PyTorch itself names the device of that one.
 _LIKE = ("aten::new_", "_like")
 
@@ -82,7 +83,10 @@ class _Checks(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         places = [place_of(tensor) for tensor in tensors if tensor.ndim or place_of(tensor) != CPU]
         name = func.name()
-        if len(set(places)) > 1 and not name.startswith(_ACROSS):
+        others = {place for place in places if place != places[0]}
+        if name.startswith(_INDEXED):
+            others.discard(CPU)
+        if others and not name.startswith(_ACROSS):
             raise RuntimeError(f"{name}: tensors on {', '.join(map(str, dict.fromkeys(places)))}")
         out = func(*args, **kwargs)
         device = kwargs.get("device")
