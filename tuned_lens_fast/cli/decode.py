@@ -33,6 +33,7 @@ from tuned_lens_fast.cli.loading import (
     check_sizes,
     device_of,
     gguf_in,
+    lens_name,
     load_lens,
     load_model,
     load_tokenizer,
@@ -276,9 +277,9 @@ def _run(args: argparse.Namespace) -> None:
             else:
                 progress.expect(count * len(ids[0]))
                 batch = decoded(lens)
-                runs = [(_lens_name(args.lens), batch[:, 0], ids[0])]
+                runs = [(lens_name(args.lens), batch[:, 0], ids[0])]
                 if other is not None:
-                    runs.append((_lens_name(args.compare), decoded(other)[:, 0], ids[0]))
+                    runs.append((lens_name(args.compare), decoded(other)[:, 0], ids[0]))
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
@@ -317,7 +318,7 @@ def _run_on_states(args: argparse.Namespace, show: Console) -> None:
                 decode_states(lens, args.states, out=args.out, tokenizer=tokenizer, **question)
             else:
                 stats = cast(LensStats, decode_states(lens, args.states, **question)).to("cpu")
-                runs = [(_lens_name(args.lens), stats, ids)]
+                runs = [(lens_name(args.lens), stats, ids)]
                 columns = {name: value[:, None] for name, value in stats.items() if name not in ("layers", "targets")}
                 targets = None if stats.targets is None else stats.targets[None]
                 batch = LensStats(**columns, layers=stats.layers, targets=targets, watch=stats.watch)
@@ -470,12 +471,7 @@ def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table
 def _title(args: argparse.Namespace) -> str:
     """ "SmolLM2-135M-Instruct, logit lens": what a page is called."""
     name = Path(args.gguf_file).stem if args.gguf_file else args.model.rstrip("/").split("/")[-1]
-    return ", ".join([name, _lens_name(args.lens), *([_lens_name(args.compare)] if args.compare else [])])
-
-
-def _lens_name(name: str | None) -> str:
-    """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
-    return "logit lens" if name in (None, "logit") else f"lens {name.rstrip('/').split('/')[-1]}"
+    return ", ".join([name, lens_name(args.lens), *([lens_name(args.compare)] if args.compare else [])])
 
 
 def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:
