@@ -436,7 +436,7 @@ class _Run:
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = full * scale
-            optimizer.step()
+            self.workers.step(optimizer)
         for parameter in everything:
             parameter.grad = None
         self.translators.push()

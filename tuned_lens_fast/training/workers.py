@@ -106,10 +106,16 @@ class Workers:
 
         return ZeroRedundancyOptimizer(parameters, kind, **options)
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a step."""
+        with nullcontext() if self.ranks is None else self.ranks.reached():
+            optimizer.step()
+
     def state_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """All of its state, on the first process; others have nothing to write."""
         if self.ranks is not None:
-            optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+            with self.ranks.reached():
+                optimizer.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
             if not self.leads:
                 return {}
         return optimizer.state_dict()
