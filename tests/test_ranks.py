@@ -1,6 +1,8 @@
 """Ranks that read a model together find what one process finds, all alike, or all of them say why not."""
 
 import contextlib
+import io
+import json
 import os
 import re
 import sys
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_text_model
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
@@ -16,12 +19,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from tuned_lens_fast import LogitLens, TunedLens, decode_documents, decode_model
+from tuned_lens_fast import LogitLens, TunedLens, cli, decode_documents, decode_model
 from tuned_lens_fast.ranks import Ranks, ranks_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from kill_resume import bits
 
+pytestmark = pytest.mark.slow  # processes that start, and models on each
 IDS = (torch.arange(2 * 9) * 37 % 97 + 3).view(2, 9)
 STATS = ["log_prob", "rank", "entropy", "max_prob", "kl", "reverse_kl", "js", "tv"]
 FLOATS = ["lse", "log_prob", "entropy", "max_prob", "kl", "reverse_kl", "js", "tv", "top_log_probs", "watch_log_probs"]
@@ -172,7 +176,21 @@ def pair(folder):
         attempt("still well")
         return found
 
-    return on_ranks(2, whole_on_every_rank, tensor_parallel, corpus, mistakes)
+    tiny_text_model.save(folder / "text")
+
+    def command_line():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = cli.main(["decode", str(folder / "text"), "some text", "--tp", "2", "--json"])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("WORLD_SIZE", "3")
+                with pytest.raises(SystemExit):
+                    cli.main(["decode", str(folder / "text"), "some text", "--tp", "2"])
+                with pytest.raises(SystemExit):
+                    cli.main(["decode", str(folder / "text"), "some text"])
+        return code, said.getvalue()
+
+    return on_ranks(2, whole_on_every_rank, tensor_parallel, corpus, command_line, mistakes)
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +302,20 @@ def test_one_mistake_is_everybodys(pair):
     assert "No space left" in first["full"][1]
     assert second["full"][1].startswith("rank 0 failed: OSError: out: cannot write")
     assert_same(first["still well"], second["still well"])
+
+
+def test_the_command_line(pair, folder, capsys):
+    assert cli.main(["decode", str(folder / "text"), "some text", "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    (code, said), (other_code, other) = (rank["command_line"] for rank in pair)
+    assert (code, other_code) == (0, 0)
+    printed = said.partition("\nusage")[0]
+    found = json.loads(printed[printed.index("{") : printed.rindex("}") + 1])
+    torch.testing.assert_close(torch.tensor(found["entropy"]), torch.tensor(wanted["entropy"]), atol=1e-4, rtol=1e-4)
+    assert found["top_ids"] == wanted["top_ids"]
+    assert "{" not in other.partition("\nusage")[0], "only the first prints"
+    assert "--tp: got 2 and 3 processes, wanted a number that divides them" in said
+    assert "--out: 3 processes share the work on a folder, got none; or name --tp" in said
 
 
 def test_more_ranks_than_tokens(four):

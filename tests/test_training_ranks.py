@@ -8,11 +8,14 @@ import tiny_text_model
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import tuned_lens_fast as tl
 from tuned_lens_fast.checkpoint import load_checkpoint
 from tuned_lens_fast.training import loop
 
+pytestmark = pytest.mark.slow  # processes that start, and training on each
 ASKED = {
     "steps": 6,
     "tokens_per_step": 96,
@@ -44,9 +47,9 @@ def documents():
     return [torch.randint(0, 256, (length,)) for length in (200, 150, 90, 70, 300)]
 
 
-def trained(out=None, **changes):
+def trained(out=None, model=None, **changes):
     """Parameters after training, and gradients of the first step."""
-    model, _ = tiny_text_model.make()
+    model = model or tiny_text_model.make()[0]
     lens, gradients = tl.TunedLens.from_model(model), []
     update = loop._Run._update
 
@@ -105,6 +108,13 @@ def pair(folder):
         found["again"] = trained(folder / "whole")
         return found
 
+    tiny_text_model.save(folder / "model")
+
+    def tensor_parallel():
+        config = DistributedConfig(tp_size=2)
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=config)
+        return {name: trained(model=model, **CASES[name]) for name in ("adam", "ce of biases", "one sequence")}
+
     def mistakes():
         rank, found = dist.get_rank(), {}
         for name, changes in (
@@ -121,7 +131,7 @@ def pair(folder):
             assert time.monotonic() - start < 20
         return found
 
-    return on_ranks(2, cases, resumed, mistakes)
+    return on_ranks(2, cases, resumed, tensor_parallel, mistakes)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +154,14 @@ def test_two_train_what_one_trains(pair, alone, name):
     assert_alike(first["gradients"], wanted["gradients"], 1e-6)
     assert_alike(first["parameters"], wanted["parameters"], 2e-4)
     torch.testing.assert_close(first["losses"], wanted["losses"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "ce of biases", "one sequence"])
+def test_a_model_over_two_trains_what_a_whole_one_trains(pair, alone, name):
+    first, second = (rank["tensor_parallel"][name] for rank in pair)
+    assert all(torch.equal(a, b) for a, b in zip(first["parameters"], second["parameters"], strict=True))
+    assert_alike(first["gradients"], alone[name]["gradients"], 2e-5)
+    torch.testing.assert_close(first["losses"], alone[name]["losses"], atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_goes_on_with_another_number(pair, alone, folder):

@@ -37,7 +37,7 @@ class Ranks:
 
     def shares(self, total: int) -> list[slice]:
         """0..total in as many parts as there are ranks, as even as can be; some are empty where there are too few."""
-        return [slice(rank * total // self.size, (rank + 1) * total // self.size) for rank in range(self.size)]
+        return shares(total, self.size)
 
     def gather(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Every rank's ``tensors``, which have the same shapes and dtypes on all; by rank."""
@@ -45,32 +45,32 @@ class Ranks:
         if not flat.numel():
             return [[*tensors] for _ in range(self.size)]
         found = [torch.empty_like(flat) for _ in range(self.size)]
-        with self._reached():
+        with self.reached():
             dist.all_gather(found, flat, group=self.group)
         return [_unflattened(bytes_, tensors) for bytes_ in found]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's ``value``, by rank; pickled."""
         found: list[Any] = [None] * self.size
-        with self._reached():
+        with self.reached():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
     def first(self, value: Any) -> Any:
         """The first rank's ``value``; pickled."""
         held = [value]
-        with self._reached():
+        with self.reached():
             dist.broadcast_object_list(held, group_src=0, group=self.group)
         return held[0]
 
     def sum_(self, tensor: Tensor) -> None:
         """Put the sum over all ranks in the place of ``tensor``; the same on all of them."""
-        with self._reached():
+        with self.reached():
             dist.all_reduce(tensor, group=self.group)
 
     def copy_from_first_(self, tensor: Tensor) -> None:
         """Put the first rank's in the place of ``tensor``."""
-        with self._reached():
+        with self.reached():
             dist.broadcast(tensor, group_src=0, group=self.group)
 
     def agree(self, facts: Callable[[], dict[str, Any]]) -> None:
@@ -113,7 +113,12 @@ class Ranks:
             raise RuntimeError(f"rank {failed[0]} failed: {shortened(said[failed[0]], 1000)}")
 
     @contextmanager
-    def _reached(self) -> Iterator[None]:
+    def reached(self) -> Iterator[None]:
+        """A block with collectives.
+
+        Raises:
+            RuntimeError: one of them failed, and what that means.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -121,6 +126,11 @@ class Ranks:
                 f"rank {self.rank} of {self.size} cannot reach the others, of which one has ended or hangs: "
                 f"{shortened(error, 200)}"
             ) from error
+
+
+def shares(total: int, of: int) -> list[slice]:
+    """0..total in ``of`` parts, as even as can be; some are empty where there is too little."""
+    return [slice(part * total // of, (part + 1) * total // of) for part in range(of)]
 
 
 def ranks_of(model: Any, split: Split | None) -> tuple[Ranks, Split] | None:

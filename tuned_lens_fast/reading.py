@@ -49,8 +49,9 @@ def read(
     """``engine.decode`` of what ``lens`` reads in ``hidden``, entries ``[..., d_model]`` of its ``layers``.
 
     Of a model on several devices entries are read where they are, on all devices at once, where what the lens reads
-    with fits twice; each has the budget. A lens that was moved away from its model has them come to it. ``head`` stands in for the lens's own. A lens that is not affine takes what its
-    ``transform_hidden`` of one layer takes beyond the budget.
+    with fits twice; each has the budget. A lens that was moved away from its model has them come to it. ``head``
+    stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer takes
+    beyond the budget.
 
     Raises:
         ValueError: see :func:`transformed`.

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 import time
@@ -26,11 +27,13 @@ from torch import Tensor
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli.arguments import add_engine_options, add_model_options, layer_numbers, positive
+from tuned_lens_fast.cli.launched import add_tp, check_tp, group_of, processes
 from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
     device_of,
     gguf_in,
+    lens_name,
     load_lens,
     load_model,
     load_tokenizer,
@@ -132,6 +135,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add_model_options(command)
+    add_tp(command)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
@@ -142,7 +146,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
     if sum(source is not None for source in (args.text, args.file, args.jsonl, args.states)) != 1:
         parser.error("decode: wanted one of TEXT, -, --file FILE, --jsonl FILE or --states PATH")
     if args.states is not None:
-        for option in ("generate", "compare", "chunk", "gguf_file", "device_map"):
+        for option in ("generate", "compare", "chunk", "gguf_file", "device_map", "tp"):
             if getattr(args, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} is for texts that a model runs on, not for --states")
         if args.chat:
@@ -153,6 +157,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
         if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
             parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
+    check_tp(parser, args.tp)
+    for name in ("device", "device_map", "gguf_file"):
+        if (args.tp or 1) > 1 and getattr(args, name):
+            parser.error(
+                f"--tp: each process has its part of the model on a GPU of its own; drop --{name.replace('_', '-')}"
+            )
+    if processes() > (args.tp or 1) and not _is_folder(args.out):
+        parser.error(
+            f"--out: {processes()} processes share the work on a folder, got {args.out or 'none'}; or name --tp"
+        )
     if args.jsonl is not None and not _is_folder(args.out):
         parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
     if args.jsonl is None and (args.text_column or args.id_column):
@@ -193,6 +207,16 @@ def _is_folder(out: Path | None) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    with group_of(args.tp or 1) as leads:
+        if not leads and not _is_folder(args.out):
+            args.out = None
+        if not leads:
+            args.html, args.json = None, False
+        args.quiet = args.quiet or os.environ.get("RANK", "0") != "0"
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
     if args.states is not None:
         _run_on_states(args, show)
@@ -253,9 +277,9 @@ def run(args: argparse.Namespace) -> None:
             else:
                 progress.expect(count * len(ids[0]))
                 batch = decoded(lens)
-                runs = [(_lens_name(args.lens), batch[:, 0], ids[0])]
+                runs = [(lens_name(args.lens), batch[:, 0], ids[0])]
                 if other is not None:
-                    runs.append((_lens_name(args.compare), decoded(other)[:, 0], ids[0]))
+                    runs.append((lens_name(args.compare), decoded(other)[:, 0], ids[0]))
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
@@ -294,7 +318,7 @@ def _run_on_states(args: argparse.Namespace, show: Console) -> None:
                 decode_states(lens, args.states, out=args.out, tokenizer=tokenizer, **question)
             else:
                 stats = cast(LensStats, decode_states(lens, args.states, **question)).to("cpu")
-                runs = [(_lens_name(args.lens), stats, ids)]
+                runs = [(lens_name(args.lens), stats, ids)]
                 columns = {name: value[:, None] for name, value in stats.items() if name not in ("layers", "targets")}
                 targets = None if stats.targets is None else stats.targets[None]
                 batch = LensStats(**columns, layers=stats.layers, targets=targets, watch=stats.watch)
@@ -447,12 +471,7 @@ def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table
 def _title(args: argparse.Namespace) -> str:
     """ "SmolLM2-135M-Instruct, logit lens": what a page is called."""
     name = Path(args.gguf_file).stem if args.gguf_file else args.model.rstrip("/").split("/")[-1]
-    return ", ".join([name, _lens_name(args.lens), *([_lens_name(args.compare)] if args.compare else [])])
-
-
-def _lens_name(name: str | None) -> str:
-    """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
-    return "logit lens" if name in (None, "logit") else f"lens {name.rstrip('/').split('/')[-1]}"
+    return ", ".join([name, lens_name(args.lens), *([lens_name(args.compare)] if args.compare else [])])
 
 
 def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:

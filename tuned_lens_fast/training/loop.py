@@ -392,10 +392,14 @@ class _Run:
         of_all, own = self.workers.own(self.sequences[taken])
         for share, states in self.reader.read(own):
             # Sequences are of one length, so that each has as many positions that count.
+            of_rows, states = self.workers.own_rows(states)
+            weight = of_all * share * of_rows[self.arguments["loss"]]
+            if not weight:
+                continue
             with torch.enable_grad():
                 losses = self._loss(states)
-            (of_all * share * losses.sum()).backward()
-            total += of_all * share * losses.detach()
+            (weight * losses.sum()).backward()
+            total += weight * losses.detach()
         self.workers.add_up([*self.translators.gradients(), total])
         self.translators.pull()
         return total
@@ -432,7 +436,7 @@ class _Run:
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = full * scale
-            optimizer.step()
+            self.workers.step(optimizer)
         for parameter in everything:
             parameter.grad = None
         self.translators.push()
@@ -463,6 +467,7 @@ class _Run:
         }
         of_all, own = self.workers.own(self.measured)
         for share, states in self.reader.read(own):
+            of_rows, states = self.workers.own_rows(states)
             stats = lens.decode(
                 states.hidden,
                 layers=self.reader.numbers,
@@ -477,7 +482,8 @@ class _Run:
             if stats.log_prob is not None:
                 values["ce"] = -stats.log_prob[:, states.targets >= 0].double().mean(1)
             for name, value in values.items():
-                found[name] += of_all * share * value
+                if of_rows[name]:
+                    found[name] += of_all * share * of_rows[name] * value
         self.workers.add_up(found.values())
         return {name: value.cpu() for name, value in found.items()}
 

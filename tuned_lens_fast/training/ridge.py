@@ -140,6 +140,7 @@ def start(
     # One sequence alone is fitted and chosen on.
     fitted = sequences[: max(1, len(sequences) - kept)]
     for _, states in reader.read(workers.own(fitted)[1]):
+        _, states = workers.own_rows(states)
         block = max(1, min(_BLOCK, reader.scratch // (8 * _COPIES * states.last.shape[1])))
         weights = torch.cat([row_weights(rows, norm.kind) for rows in states.last.split(block)])
         for layer, hidden in zip(moments, states.hidden, strict=True):
