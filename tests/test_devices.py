@@ -147,6 +147,17 @@ def test_layers_are_read_where_their_states_are(devices, places):
     assert places == {FIRST: 2 * IDS.numel(), SECOND: IDS.numel(), THIRD: IDS.numel()}
 
 
+def test_a_lens_that_was_moved_away_has_the_states_come(devices, places):
+    model = spread("llama", tie_word_embeddings=False)
+    lens = trained(model)
+    wanted = decode_model(model, lens, IDS.to(FIRST), engine="eager").to("cpu")
+    places.clear()
+    elsewhere = torch.device("cpu", 4)
+    found = decode_model(model, lens.to(elsewhere), IDS.to(FIRST), engine="eager")
+    assert (places.keys(), found.lse.device) == ({elsewhere}, elsewhere)
+    assert_close(found.to("cpu"), wanted)
+
+
 def test_states_come_to_the_head_where_there_is_no_room_for_another(devices, places, monkeypatch):
     model = spread("llama", tie_word_embeddings=False)
     lens = trained(model)

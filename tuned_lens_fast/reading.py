@@ -48,9 +48,10 @@ def read(
 ) -> dict[str, Tensor]:
     """``engine.decode`` of what ``lens`` reads in ``hidden``, entries ``[..., d_model]`` of its ``layers``.
 
-    Entries on other devices than the lens are read there, on all devices at once, where what the lens reads with fits
-    twice; each has the budget. ``head`` stands in for the lens's own. A lens that is not affine takes what its
-    ``transform_hidden`` of one layer takes beyond the budget.
+    Of a model on several devices entries are read where they are, on all devices at once, where what the lens reads
+    with fits twice; each has the budget. A lens that was moved away from its model has them come to it. ``head``
+    stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer takes
+    beyond the budget.
 
     Raises:
         ValueError: see :func:`transformed`.
@@ -58,7 +59,7 @@ def read(
     readout = readout_of(lens, layers, head)
     home = readout.head.weight.device
     if any(entry.device != home for entry in hidden):
-        if is_affine(lens) and head is None:
+        if is_affine(lens) and head is None and home in getattr(lens.unembed, "devices", ()):
             return _read_apart(engine, lens, layers, hidden, readout, query, memory_budget)
         hidden = [entry.to(home) for entry in hidden]
     if is_affine(lens) or not len(hidden):

@@ -339,7 +339,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
 
     if not len(texts):
         raise ValueError("source: got no texts")
-    digests, lengths, layers = [], [], set()
+    digests, lengths, layers, used = [], [], set(), set()
     for text in texts:
         query, planned = reader.question(text)
         if text.token_ids is None:
@@ -348,6 +348,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
         sample = text.hidden.reshape(-1)[:: text.hidden.numel() // 4096 | 1]
         digests.append(fingerprint.of_tensors([text.token_ids, sample, torch.tensor(text.hidden.shape)]))
         lengths.append((len(text.hidden), planned.chunk))
+        used.update(text.token_ids.unique().tolist())
         numbers, _, output = reader.numbers(text)
         layers.add((*numbers, *([] if output is None else [reader.count])))
     if len(layers) > 1:
@@ -366,7 +367,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
         "top_k": query.top_k,
         "watch": None if reader.watch is None else reader.watch.columns(),
         "engine": reader.engine.name,
-        "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+        "tokenizer": None if tokenizer is None else fingerprint.of_text(tokenizer.convert_ids_to_tokens(sorted(used))),
     }
     called = {"lens": f"{type(reader.lens).__name__}, {lens[:12]}"}
     made_with = {
