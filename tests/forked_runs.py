@@ -1,7 +1,7 @@
 """The run that is killed, damaged and resumed, of a tiny model; and a process for it.
 
 ``python forked_runs.py --out FOLDER`` decodes ``documents()`` into the folder; with ``--folder FOLDER --kills 5
---damages 12`` it is the campaign of bench/kill_resume.py.
+--damages 12 --workers 3`` it is the campaign of bench/kill_resume.py.
 """
 
 import argparse
@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--folder", type=Path, help="for the campaign's runs")
     parser.add_argument("--kills", type=int)
     parser.add_argument("--damages", type=int)
+    parser.add_argument("--workers", type=int)
     parser.add_argument("--engine", default="auto")
     args = parser.parse_args()
     torch.set_num_threads(1)  # a fork has no other threads to wait for
@@ -43,7 +44,9 @@ def main():
     sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
     from kill_resume import campaign
 
-    return campaign(lambda out: decode(*tiny, out, engine=args.engine), args.folder, args.kills, args.damages)
+    return campaign(
+        lambda out: decode(*tiny, out, engine=args.engine), args.folder, args.kills, args.damages, args.workers
+    )
 
 
 if __name__ == "__main__":

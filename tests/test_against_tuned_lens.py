@@ -12,6 +12,7 @@ from tiny_models import D_MODEL, LAYERS, tiny
 from torch import nn
 
 import tuned_lens_fast as fast
+from tuned_lens_fast.models.resident import Resident
 from tuned_lens_fast.nn import unembed as fast_unembed
 
 reason = "the library to compare with is not installed: pip install --no-deps tuned-lens==0.2.0"
@@ -113,7 +114,7 @@ def test_unembedding_hash(vocab, d_model, scale, dtype):
     nn.Module.__init__(unembed)
     linear = nn.Linear(d_model, vocab, bias=False)
     linear.weight = nn.Parameter(weight)
-    unembed._model_end, unembed._moved = (nn.Identity(), linear), None
+    unembed._model_end, unembed._moved = (Resident(nn.Identity()), Resident(linear)), None
     wanted = tensor_hash(weight.float().numpy())
     assert unembed.unembedding_hash() == wanted
     with np.printoptions(precision=8, threshold=5, edgeitems=1, linewidth=200):

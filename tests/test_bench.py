@@ -449,3 +449,17 @@ def test_the_document_is_the_one_made_of_the_results(tmp_path):
     pictures.mkdir()
     assert there.read_text() == report.document(BENCH / "results", pictures), "run: python bench/report.py"
     assert {path.name for path in there.with_suffix("").iterdir()} == {path.name for path in pictures.iterdir()}
+
+
+def test_the_costs_in_the_docs_are_those_that_are_calculated():
+    """And the largest of them by hand: 70B parameters, 80 layers of 8,192, 128,256 tokens, on 8 GPUs."""
+    import cost
+
+    docs = (Path(__file__).parents[1] / "docs/distributed.md").read_text(encoding="utf-8")
+    for table in (cost.corpus(), cost.splits(), cost.training(), cost.rates()):
+        assert "\n".join(table) in docs
+    of_forward, of_lens = cost.seconds(cost.MODELS[1])
+    assert of_forward == pytest.approx(2 * 70.6e9 / (0.4 * 989e12))
+    assert of_lens == pytest.approx((82 * 2 * 8192 * 128256 + 80 * 2 * 8192**2) / 520e12)
+    speed = 8 / (of_forward + of_lens)
+    assert f"| 8 | {float(f'{speed:.2g}'):,.0f} | {1e9 / speed / 3600:.1f} h |" in docs

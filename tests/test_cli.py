@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from safetensors.torch import save_file
 from tiny_text_model import LAYERS, POSITIONS
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -122,6 +123,48 @@ def test_tuned_lens(saved, tuned, capsys):
     logit_lens = decoded(capsys, str(folder), TEXT)
     assert answer["entropy"][:-1] != logit_lens["entropy"][:-1]
     torch.testing.assert_close(torch.tensor(answer["lse"][-1]), torch.tensor(logit_lens["lse"][-1]))
+
+
+def test_a_device_map(folder, capsys):
+    answer, wanted = decoded(capsys, folder, TEXT, "--device-map", "auto"), decoded(capsys, folder, TEXT)
+    for name in ("entropy", "kl", "top_ids"):
+        assert answer[name] == wanted[name]
+
+
+def test_stored_states(saved, tuned, tmp_path, capsys):
+    """The same numbers, columns and files as from the text."""
+    folder, model, tokenizer = saved
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
+    states = torch.stack(tl.residual_stream(model, ids), 1)
+    (tmp_path / "states").mkdir()
+    file = tmp_path / "states/req-1.safetensors"
+    save_file({"hidden_states": states, "token_ids": ids}, file)
+    for options in ((), ("--lens", tuned), ("--watch", "t", "--stats", "entropy,js", "--top-k", "2")):
+        answer = decoded(capsys, str(folder), "--states", str(file), *options)
+        wanted = decoded(capsys, str(folder), TEXT, *options)
+        assert answer.keys() == wanted.keys()
+        assert answer["tokens"] == wanted["tokens"]
+        for name, value in wanted.items():
+            if name in ("entropy", "kl", "js", "watch_log_probs", "top_log_probs"):
+                torch.testing.assert_close(torch.tensor(answer[name]), torch.tensor(value), atol=1e-5, rtol=1e-5)
+    for source, kind in ((["--states", str(file)], "states"), ([TEXT], "text")):
+        for suffix in ("parquet", "html"):
+            option = "--html" if suffix == "html" else "--out"
+            path = str(tmp_path / f"{kind}.{suffix}")
+            assert cli.main(["decode", str(folder), *source, option, path, "--quiet"]) == 0
+    found, wanted = (pandas.read_parquet(tmp_path / f"{kind}.parquet") for kind in ("states", "text"))
+    assert found.columns.equals(wanted.columns)
+    assert found.token.equals(wanted.token)
+    assert (found.entropy - wanted.entropy).abs().max() < 1e-5
+    assert (tmp_path / "states.html").stat().st_size > 1000
+    out = tmp_path / "run"
+    assert cli.main(["decode", str(folder), "--states", str(file.parent), "--out", str(out)]) == 0
+    assert f"{LAYERS + 1} layers x {len(ids)} positions" in capsys.readouterr().err
+    rows = parts.load_run(out).to_table().to_pandas()
+    assert set(rows.document) == {"req-1"}
+    assert abs(rows.entropy.to_numpy() - found.entropy.to_numpy()).max() < 1e-5
+    assert cli.main(["decode", str(folder), "--states", str(file.parent), "--out", str(out)]) == 0
+    assert "already complete" in capsys.readouterr().err
 
 
 def test_out_as_safetensors(saved, tmp_path, capsys):
@@ -227,15 +270,15 @@ def test_a_text_into_a_folder(saved, tmp_path, capsys):
 def test_interrupted_between_parts(folder, tmp_path, capsys, monkeypatch):
     source = write_jsonl(tmp_path / "x.jsonl", [{"text": "a" * 90}, {"text": "b" * 40}])
     argv = ["decode", folder, "--jsonl", source, "--chunk", "30", "--out", str(tmp_path / "run"), "--quiet"]
-    write = parts.RunFolder.write
+    add, added = parts.Part.add, []
 
-    def interrupted(self, batch, chunk, *columns):
-        if chunk == 2:
+    def interrupted(self, *columns):
+        if len(added) == 2:
             raise KeyboardInterrupt
-        write(self, batch, chunk, *columns)
+        added.append(add(self, *columns))
 
     with monkeypatch.context() as patch:
-        patch.setattr(parts.RunFolder, "write", interrupted)
+        patch.setattr(parts.Part, "add", interrupted)
         assert cli.main(argv) == 130
     assert capsys.readouterr().err == "tuned-lens-fast: interrupted; the same command resumes\n"
     assert len(list((tmp_path / "run").glob("*.parquet"))) == 2
@@ -578,9 +621,18 @@ def test_version_and_help_import_nothing_that_a_decode_may_not_need():
         (["{model}", "hi", "--watch", "\udcff"], 2, "--watch: got '.+udcff', wanted UTF-8"),
         (["{model}", "hi", "--top-k", "0"], 2, "argument --top-k: got '0'"),
         (["{model}", "hi", "--engine", "steam"], 2, "argument --engine: invalid choice"),
-        (["{model}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),
-        (["{model}", "hi", "--file", "{binary}"], 2, "wanted one of TEXT, -, --file FILE or --jsonl"),
+        (["{model}"], 2, "wanted one of TEXT, -, --file FILE, --jsonl FILE or --states"),
+        (["{model}", "hi", "--file", "{binary}"], 2, "wanted one of TEXT, -, --file FILE, --jsonl FILE or --states"),
         (["{model}", "hi", "there"], 2, "unrecognized arguments: there"),
+        (["{model}", "hi", "--device", "cpu", "--device-map", "auto"], 2, "--device-map: not allowed with .*--device"),
+        (["{model}", "hi", "--states", "{binary}"], 2, "wanted one of TEXT"),
+        (["{model}", "--states", "{tmp}"], 2, "--states: of a folder, wanted --out with a folder, got none"),
+        (["{model}", "--states", "{binary}", "--chat"], 2, "--chat is for texts that a model runs on"),
+        (["{model}", "--states", "{binary}", "--chunk", "3"], 2, "--chunk is for texts"),
+        (["{model}", "--states", "{tmp}", "--device-map", "auto", "--out", "x"], 2, "--device-map is for texts"),
+        (["{model}", "--states", "{binary}"], 1, "source: cannot read .*binary"),
+        (["{model}", "--states", "{tmp}/absent"], 1, "source: there is no file .*absent"),
+        (["{tmp}", "--states", "{binary}"], 1, "folder: .* holds no model.safetensors"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(argv, code, problem, folder, tmp_path, capsys):

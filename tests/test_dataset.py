@@ -59,8 +59,9 @@ def folder(tiny, lens, documents, tmp_path_factory):
 
 def test_rows_are_those_of_decode_model(folder, tiny, lens, documents):
     model, tokenizer = tiny
-    batches = json.loads((folder / "_run.json").read_text())["batches"]
-    assert max(len(batch["rows"]) for batch in batches) == 3
+    shares = json.loads((folder / "_run.json").read_text())["shares"]
+    assert max(len(share["rows"]) for share in shares) == 3
+    batches = [batch for share in shares for batch in share["batches"]]
     assert max(len(batch["documents"]) for batch in batches) == 2
     frame = pandas.read_parquet(folder)
     assert len(frame) == (LAYERS + 1) * sum(LENGTHS)
@@ -298,7 +299,7 @@ def test_verbose_tells_the_batches_and_what_is_there(tiny, lens, documents, tmp_
         sorted(out.glob("*.parquet"))[0].unlink()
         tl.decode_documents(model, lens, documents, out=out, chunk=6)
     parts = len(list(out.glob("*.parquet")))
-    begun = rf"{len(documents)} documents in \d+ batches and {parts} parts of up to 6 positions, "
+    begun = rf"{len(documents)} documents in \d+ batches and {parts} parts, in chunks of up to 6 positions; "
     assert re.match(begun + "0 parts there", first[0])
     assert "memory budget" in first[1]
     assert re.match(begun + f"{parts - 1} parts there", caplog.messages[0])

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -11,10 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import filelock
 import forked_runs
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ from hypothesis import strategies as st
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli import main
 from tuned_lens_fast.data import folder, load_run, parts
+from tuned_lens_fast.data.claims import Claims
 from tuned_lens_fast.data.parts import check_run, recorded_engine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
@@ -51,7 +54,7 @@ def tiny():
 def whole(tiny, tmp_path_factory):
     """An undisturbed run, not to be touched."""
     out = forked_runs.decode(*tiny, tmp_path_factory.mktemp("undisturbed") / "run")
-    assert sum(len(batch["rows"]) > 1 for batch in json.loads((out / "_run.json").read_text())["batches"]) >= 2
+    assert sum(len(share["rows"]) > 1 for share in json.loads((out / "_run.json").read_text())["shares"]) >= 2
     return out
 
 
@@ -92,8 +95,8 @@ def child(*arguments):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 @pytest.mark.slow
 def test_kills_and_damages(tmp_path):
-    """Runs end with the same bits after kills, kills while they resume, and each kind of damage."""
-    assert child("--folder", tmp_path, "--kills", 10, "--damages", 12).wait() == 0
+    """Runs of one process and of three end with the same bits after kills, kills while they resume, and each damage."""
+    assert child("--folder", tmp_path, "--kills", 10, "--damages", 12, "--workers", 3).wait() == 0
 
 
 @pytest.mark.slow
@@ -118,9 +121,7 @@ def test_a_file_that_grows_too_large(tiny, undisturbed, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(
-            OSError, match=r"out: cannot write .*part-\d{6}-\d{6}-\w{16}.parquet: File too large"
-        ) as caught:
+        with pytest.raises(OSError, match=r"out: cannot write .*part-\d{6}-\d{6}.parquet: File too large") as caught:
             forked_runs.decode(*tiny, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -240,8 +241,9 @@ def manifest_of(whole):
     return body
 
 
-def batches(**entry):
-    return {"batches": [entry]}
+def shares(documents, boundaries, ends, rows):
+    batch = {"documents": documents, "boundaries": boundaries}
+    return {"shares": [{"batches": [batch], "ends": ends, "rows": rows}]}
 
 
 DAMAGED_MANIFESTS = {
@@ -260,11 +262,12 @@ DAMAGED_MANIFESTS = {
     "names": lambda text, body: signed(body | {"names": [1]}),
     "identity": lambda text, body: signed(body | {"identity": "none"}),
     "made_with": lambda text, body: signed(body | {"made_with": 3}),
-    "no batches": lambda text, body: signed(body | {"batches": []}),
-    "batches": lambda text, body: signed(body | {"batches": {"documents": 1}}),
-    "documents": lambda text, body: signed(body | {"batches": [body["batches"][0]] * 2}),
-    "boundaries": lambda text, body: signed(body | batches(documents=[0], boundaries=[3, 2], rows=[1, 1])),
-    "rows": lambda text, body: signed(body | batches(documents=[0], boundaries=[3], rows=["1"])),
+    "no shares": lambda text, body: signed(body | {"shares": []}),
+    "shares": lambda text, body: signed(body | {"shares": {"documents": 1}}),
+    "documents": lambda text, body: signed(body | {"shares": [body["shares"][0]] * 2}),
+    "boundaries": lambda text, body: signed(body | shares([0], [3, 2], [2], [1])),
+    "ends": lambda text, body: signed(body | shares([0], [2, 3], [1], [1])),
+    "rows": lambda text, body: signed(body | shares([0], [3], [1], ["1"])),
 }  # fmt: skip
 
 
@@ -324,7 +327,7 @@ def test_made_up_manifests(data, whole, tmp_path_factory, out):
     try:
         state = check_run(out)
         with parts.run_folder(out, body["identity"], body["names"], {}, list) as folder:
-            assert folder.batches == state.batches
+            assert folder.shares == state.shares
     except ValueError as caught:
         error = str(caught)
     if error is None:  # the parts name the manifest by its digest, so that they are another's parts
@@ -366,37 +369,104 @@ def test_what_the_last_bits_depend_on_is_recorded(tiny, out):
         forked_runs.decode(*tiny, out, memory_budget=2**27)
 
 
-def test_one_process_at_a_time(tiny, out):
-    """Until the other is gone, however it ended."""
-    path = str(out / "_lock")
-    code = (
-        f"import filelock, time; lock = filelock.FileLock({path!r}); lock.acquire(); print(flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    other.stdout.readline()
-    with pytest.raises(BlockingIOError, match=f"out: another process is writing to {out}"):
+def test_claims(tmp_path):
+    """A share is one process's until it lets go of it or is gone; what was checked is known as long as one works."""
+    with Claims(tmp_path) as one:
+        with one.guard():
+            pass
+        with Claims(tmp_path) as other:
+            with other.guard():
+                assert one.claim(3)
+                assert not other.claim(3)
+                assert other.claim(4)
+            one.mark(3)
+            assert other.checked(3)
+            assert not other.checked(4)
+            one.release(3)
+            assert other.claim(3)
+            assert not one.claim(3)
+        assert one.claim(3)
+        with Claims(tmp_path) as third:
+            with third.guard():
+                pass
+            assert third.checked(3), "one is still at work"
+    with Claims(tmp_path) as later:
+        with later.guard():
+            pass
+        assert not later.checked(3)
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="threads of one process have the same locks here")
+def test_several_work_on_one_run(tiny, undisturbed, tmp_path, monkeypatch):
+    """Each on some of it, none on what another has; all return when it is whole."""
+    out, wrote, begin, start = tmp_path / "run", [], parts.RunFolder.begin, threading.Barrier(3)
+
+    def begun(folder, share, part):
+        wrote.append((share, part))
+        return begin(folder, share, part)
+
+    def work():
+        start.wait()
         forked_runs.decode(*tiny, out)
-    other.kill()
-    other.wait()
+        return check_run(out).complete
+
+    monkeypatch.setattr(parts.RunFolder, "begin", begun)
+    with ThreadPoolExecutor(3) as pool:
+        assert all(done.result() for done in [pool.submit(work) for _ in range(3)])
+    assert_same(out, undisturbed)
+    assert len(wrote) == len(set(wrote)) == len(list(out.glob("*.parquet")))
+
+
+def test_what_another_holds_is_waited_for(tiny, undisturbed, out, caplog):
+    """And taken over when it is gone."""
+    victim = sorted(out.glob("*.parquet"))[2]
+    content, share = victim.read_bytes(), int(victim.name[5:11])
+    other = Claims(out)
+    other.__enter__()
+    with other.guard():
+        pass
+    assert other.claim(share)
+    victim.unlink()
+    threading.Timer(0.5, other.__exit__, (None, None, None)).start()
+    start = time.perf_counter()
     forked_runs.decode(*tiny, out)
+    assert time.perf_counter() - start >= 0.4
+    assert victim.read_bytes() == content
+
+
+def test_a_part_that_is_there_twice(tiny, undisturbed, out, capsys):
+    """As two machines leave it whose file system has locks for each alone."""
+    part = sorted(out.glob("*.parquet"))[1]
+    table = pq.read_table(part)
+    pq.write_table(table, out / ".other", compression="none")
+    content = (out / ".other").read_bytes()
+    twin = f"{part.stem[:-16]}{hashlib.sha256(content).hexdigest()[:16]}.parquet"
+    (out / ".other").rename(out / twin)
+    assert main(["check", str(out)]) == 1
+    assert "there twice: part-" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="are there twice and are removed: part-"):
+        forked_runs.decode(*tiny, out)
+    assert (out / part.name).exists() != (out / twin).exists()
+    assert_same(out, undisturbed)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks(code, tiny, out, monkeypatch):
-    def flock(*_):
+def test_a_file_system_without_locks(code, tiny, undisturbed, tmp_path, monkeypatch):
+    """Each process of a job has its own share then, and returns when that is written."""
+
+    def no_locks(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="out: the file system of .* has no locks"):
-        forked_runs.decode(*tiny, out)
-
-
-def test_the_lock_is_the_systems(out):
-    """One that is only a file would outlast a process that is killed."""
-    with folder.held(out), pytest.raises(filelock.Timeout):
-        filelock.FileLock(out / "_lock", blocking=False).acquire()
-    with filelock.FileLock(out / "_lock", blocking=False):
-        pass
+    monkeypatch.setattr(fcntl, "fcntl", no_locks)
+    out, whole = tmp_path / "run", []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.warns(UserWarning, match="the file system of .* has no locks; see that only the 2 processes"):
+            forked_runs.decode(*tiny, out)
+        whole.append(check_run(out))
+    assert 0 < len(whole[0].whole) < len(whole[1].whole)
+    assert_same(out, undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         assert "decode" in said.getvalue()
         print("torch" in sys.modules, "numpy" in sys.modules)
         import tuned_lens_fast as tl
-        assert callable(tl.engines) and tl.LogitLens and tl.decode_model and tl.plotting.PredictionTrajectory
+        assert callable(tl.engines) and tl.decode_model and tl.LogitLens and tl.plotting.PredictionTrajectory
         assert callable(tl.engines) and set(tl.__all__) <= set(dir(tl))
         heavy = {"torch._dynamo", "transformers", "plotly", "pandas", "pyarrow", "datasets", "huggingface_hub"}
         print(*heavy & sys.modules.keys())

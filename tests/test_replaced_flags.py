@@ -149,11 +149,12 @@ def test_what_is_missing_is_named(capsys, missing):
     assert f"error: {missing}: wanted" in capsys.readouterr().err
 
 
-def test_several_processes_are_refused(capsys, monkeypatch):
+def test_several_processes_train_and_one_measures(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    asked("train", *NEEDED)
     with pytest.raises(SystemExit):
-        cli.main(["train", *NEEDED])
-    assert "torchrun started 2" in capsys.readouterr().err
+        cli.main(["eval", *NEEDED])
+    assert "one process measures; torchrun started 2" in capsys.readouterr().err
 
 
 def test_what_is_left_out_is_said(capsys):

@@ -1,5 +1,6 @@
 """How a model's end is found out: models of no known kind, each thing a model can do there, and what is left behind."""
 
+import pickle
 import sys
 import threading
 import time
@@ -8,6 +9,7 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
+import torch.nn.functional as F
 from all_models import build, config_of
 from coverage_table import replaced
 from tiny_models import D_MODEL, VOCAB, tiny
@@ -19,6 +21,7 @@ from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, dec
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.comparison import close
+from tuned_lens_fast.models.resident import Resident
 from tuned_lens_fast.models.tracing import TracedModel
 
 PROMPT = torch.tensor([[5, 6, 7, 8]])
@@ -304,7 +307,7 @@ def test_verification_sees_a_missing_bias_of_the_head(model_type):
     unembed = Unembed(model)
     head = nn.Linear(D_MODEL, VOCAB, bias=False)
     head.weight = model.lm_head.weight
-    unembed._model_end = (unembed._model_end[0], head)
+    unembed._model_end = (unembed._model_end[0], Resident(head))
     with pytest.raises(NotImplementedError, match="what differs is its head"):
         TracedModel(model).verify(unembed, lambda h: unembed.norm(h))
 
@@ -588,16 +591,6 @@ def test_blocks_offloaded_by_accelerate(model_type, verify, tmp_path):
         torch.testing.assert_close(ours, wanted)
 
 
-@pytest.mark.parametrize("part", ["lm_head", "model.norm"])
-def test_an_end_offloaded_by_accelerate_is_refused(part, tmp_path):
-    model = tiny("llama")
-    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.layers", "model.norm", "lm_head")}
-    device_map |= {"model.rotary_emb": "cpu", part: "disk"}
-    model = accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-    with pytest.raises(NotImplementedError, match=r"is offloaded.*keep it on a device in device_map"):
-        Unembed(model)
-
-
 class Quantised(nn.Linear):
     """int8 weights and their scales, as quantised blocks have them."""
 
@@ -618,9 +611,35 @@ def test_quantised_blocks(verify):
         block.mlp.down_proj = Quantised(block.mlp.down_proj)
     h = torch.randn(3, D_MODEL)
     assert torch.equal(Unembed(model, verify=verify)(h), Unembed(whole)(h))
-    model.lm_head = Quantised(model.lm_head)
-    with pytest.raises(TypeError, match=r"its head is torch.int8.* leave it unquantised"):
-        Unembed(model, verify=verify)
+
+
+class Rounding(Quantised):
+    """One that rounds what it is given, as products of two quantised matrices do."""
+
+    def forward(self, x):
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return super().forward((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi"])  # the latter's head has a bias
+def test_quantised_head(model_type):
+    model = tiny(model_type)
+    linear = model.lm_head
+    model.lm_head = Quantised(linear)
+    unembed, h = Unembed(model), torch.randn(3, D_MODEL)
+    assert torch.equal(unembed.head.weight, model.lm_head.weight * model.lm_head.scales)
+    assert torch.equal(unembed(h), Unembed(model, verify=False)(h))
+    torch.testing.assert_close(unembed(h), model.lm_head(unembed.norm(h)))
+    ids = torch.arange(5, 13)
+    with torch.no_grad():
+        wanted = -F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+    torch.testing.assert_close(decode_model(model, LogitLens(unembed), ids).log_prob[-1, :-1], wanted)
+    assert torch.equal(Unembed.from_modules(None, model.lm_head).head.weight, unembed.head.weight)
+    assert torch.equal(pickle.loads(pickle.dumps(unembed))(h), unembed(h))
+    model.lm_head = Rounding(linear)
+    for verify in (True, False):
+        with pytest.raises(NotImplementedError, match=r"quantised Rounding, gives other logits than any matrix"):
+            Unembed(model, verify=verify)
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")

@@ -69,10 +69,16 @@ TYPES: dict[str, tuple[dict[str, Any], str, bool]] = {
 }
 
 
+#: Models of several experts, which only some tests take.
+MIXTURES = {
+    "qwen3_moe": _PLAIN | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+
+
 def tiny(model_type: str, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A model of ``TYPES``, fp32, in eval mode."""
+    """A model of ``TYPES`` or ``MIXTURES``, fp32, in eval mode."""
     torch.manual_seed(seed)
-    values = TYPES[model_type][0] | config
+    values = (MIXTURES[model_type] if model_type in MIXTURES else TYPES[model_type][0]) | config
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**values), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         utils,
     )
     from tuned_lens_fast.data.dataset import decode_documents
+    from tuned_lens_fast.data.stored_states import decode_states
     from tuned_lens_fast.decode import decode_model
     from tuned_lens_fast.engines import engines
     from tuned_lens_fast.models.parts import capture
@@ -38,6 +39,7 @@ __version__ = version("tuned-lens-fast")
 _PLACES = {
     "capture": "models.parts",
     "decode_documents": "data.dataset",
+    "decode_states": "data.stored_states",
     "decode_model": "decode",
     "residual_stream": "models.residual_stream",
     **dict.fromkeys(["Lens", "LogitLens", "TunedLens", "TunedLensConfig", "Unembed"], "nn"),
@@ -62,6 +64,7 @@ __all__ = [
     "data",
     "decode_documents",
     "decode_model",
+    "decode_states",
     "engines",
     "evaluate",
     "load_artifacts",

@@ -19,19 +19,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     a folder look for.
     """
     path = Path(path)
+    aside = aside_of(path)
+    try:
+        yield aside
+        put_in_place(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def aside_of(path: Path) -> Path:
+    """The hidden name beside ``path``."""
     name, mark = path.name, f".{os.getpid()}"
     while len(os.fsencode(f".{name}{mark}")) > _LONGEST_NAME:
         name = name[:-1]
-    aside = path.with_name(f".{name}{mark}")
-    try:
-        yield aside
-        # Without this a loss of power may keep the new name and lose what it names.
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    return path.with_name(f".{name}{mark}")
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename a file that is whole to ``path``, once it is on the disk."""
+    # Without this a loss of power may keep the new name and lose what it names.
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -81,7 +81,7 @@ def plan(
     # Bytes of a row's position.
     state = (layers * readout.width + readout.head.weight.shape[1]) * hidden.itemsize
     # Of a position in all rows: an engine's answer, where it is put, and a data set's tables.
-    answer = batch * (layers + 1) * _statistics_bytes(query) * 4
+    answer = batch * (layers + 1) * statistics_bytes(query) * 4
 
     def tiling(states: int, budget: int) -> Tiling:
         return engine.plan(states, hidden, readout, query, budget)
@@ -116,7 +116,7 @@ def plan(
                 raise
 
 
-def _statistics_bytes(query: Query) -> int:
+def statistics_bytes(query: Query) -> int:
     """Of one layer at one position."""
     columns = ((statistic.columns(query), statistic.dtype.itemsize) for statistic in asked(query))
     return sum((1 if count is None else count) * itemsize for count, itemsize in columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.inputs import Prompt, Watched, read_prompt, read_watch
+from tuned_lens_fast.models.forward_pass import input_device
+from tuned_lens_fast.ranks import Split, agree, ranks_of
 from tuned_lens_fast.reading import read
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import prepare
@@ -47,7 +50,7 @@ def decode(
     Args:
         lens: any :class:`~tuned_lens_fast.nn.Lens`.
         hidden_states: ``[L, ..., d_model]``, or a sequence of L tensors ``[..., d_model]``: entry i is the
-            residual stream that enters block ``layers[i]``.
+            residual stream that enters block ``layers[i]``. Of a model on several devices each may be on its block's.
         layers: the translator each entry is read with. If None 0..L-1, less those that the lens lacks.
         targets: integer ids ``[...]`` to rate at every layer, -100 for none.
         reference: ``[..., d_model]``, what the head's linear layer receives at the model's own output (after
@@ -71,10 +74,12 @@ def decode(
         TypeError: something of another type or dtype.
     """
     head = lens.unembed.head
-    hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head))
+    devices = getattr(lens.unembed, "devices", ())
+    hidden, lead = check_hidden(hidden_states, head, lens.unembed.norm.hidden_width(head), devices)
     hidden, numbers = check_layers(lens, layers, hidden)
     watching = read_watch(watch, tokenizer)
-    query = check_query(head, lead, targets, reference, top_k, None if watching is None else watching.ids, stats)
+    ids = None if watching is None else watching.ids
+    query = check_query(head, lead, targets, reference, top_k, ids, stats, devices)
     chosen = choose(engine, head.weight.device, head.weight.dtype)
     found = read(chosen, lens, numbers, hidden, query, check_budget(memory_budget))
     if watching is not None:
@@ -93,7 +98,7 @@ def decode_model(
     attention_mask: Tensor | None = ..., tokenizer: Any = ..., layers: Iterable[int] | None = ...,
     targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Watched | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
-    out: None = ...,
+    split: Split | None = ..., out: None = ...,
 ) -> LensStats: ...  # fmt: skip
 
 
@@ -103,7 +108,7 @@ def decode_model(
     attention_mask: Tensor | None = ..., tokenizer: Any = ..., layers: Iterable[int] | None = ...,
     targets: Tensor | Literal["next"] | None = ..., top_k: int = ..., watch: Watched | None = ...,
     stats: Collection[str] | None = ..., chunk: int | None = ..., engine: str = ..., memory_budget: int | None = ...,
-    out: str | os.PathLike[str],
+    split: Split | None = ..., out: str | os.PathLike[str],
 ) -> Path: ...  # fmt: skip
 
 
@@ -122,6 +127,7 @@ def decode_model(
     chunk: int | None = None,
     engine: str = "auto",
     memory_budget: int | None = None,
+    split: Split | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> LensStats | Path:
     """Run ``model`` over a prompt and decode every layer; the last entry is the model's own output. Builds no graph.
@@ -145,7 +151,12 @@ def decode_model(
             chunk, no cache is needed. A model that cannot continue from a cache runs the whole prompt for each
             chunk, and warns.
         memory_budget: bytes of hidden states and scratch beyond inputs and results, the model's own activations and
-            cache apart; 256 MiB if None.
+            cache apart; if None 256 MiB, on a GPU a sixteenth of its memory.
+        split: how ranks that read the model together share the work; each has to make the same call, and gets the same
+            answer, to the last bit. "rows": each has the whole unembedding and reads its share of the positions.
+            "vocabulary": each walks its own part of the unembedding at all positions. None: for a model split by tensor
+            parallelism "rows", or "vocabulary" where the unembedding would take over a quarter of a GPU's free memory;
+            any other model is read by each process alone.
         out: a folder to write the statistics to, chunk by chunk, as a Parquet data set; see
             :func:`tuned_lens_fast.data.dataset.decode_to`. Nothing is kept in memory.
 
@@ -158,6 +169,7 @@ def decode_model(
             more positions than the model has learned, or a model that does not call its blocks and head as
             transformers' decoders do.
         NotImplementedError: a model that no lens can read.
+        RuntimeError: another rank failed, with its message, or cannot be reached.
     """
     asked: dict[str, Any] = {
         "layers": layers, "targets": targets, "top_k": top_k, "watch": watch, "stats": stats, "chunk": chunk,
@@ -166,11 +178,18 @@ def decode_model(
     if out is not None:
         from tuned_lens_fast.data.dataset import decode_to
 
-        return decode_to(out, model, lens, input_ids, attention_mask=attention_mask, tokenizer=tokenizer, **asked)
+        return decode_to(
+            out, model, lens, input_ids, attention_mask=attention_mask, tokenizer=tokenizer, split=split, **asked
+        )
     model = check_model(model)
-    ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, model.device)
-    asked["watch"] = read_watch(watch, tokenizer)
-    prepared = prepare(model, lens, ids, attention_mask, **asked)
+    together = ranks_of(model, split)
+    with nullcontext() if together is None else together[0].together():
+        ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
+        asked["watch"] = read_watch(watch, tokenizer)
+    if together is not None:
+        asked["layers"] = [*layers] if isinstance(layers, Iterable) else layers
+        agree(together, model, lens, {"input_ids": ids, "attention_mask": attention_mask, **asked})
+    prepared = prepare(model, lens, ids, attention_mask, together=together, **asked)
     _log.info("%s", prepared.plan)
     found = prepared.collect()
     return found if ids.ndim == 2 else found[:, 0]

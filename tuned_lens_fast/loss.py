@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import ENGINES, choose, operators
+from tuned_lens_fast.engines.decoding import current
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Head, Norm, Readout, Translator
 from tuned_lens_fast.engines.losses import Derivative, gradient_dtype, losses, question
 from tuned_lens_fast.reading import is_affine, readout_of, transformed
@@ -124,7 +125,8 @@ def _lens_loss(*flat: Any) -> list[Tensor]:
         rows = torch.empty(len(hidden), 0, device=readout.head.weight.device)
         gradients = [like.zero_() for like in _differentiated(hidden, readout, derivative)]
     else:
-        with torch.autocast(readout.head.weight.device.type, enabled=False):
+        device = readout.head.weight.device
+        with torch.autocast(device.type, enabled=False), current(device):
             found = losses(ENGINES[engine], hidden, readout, query, derivative, budget)
         rows = found.rows
         gradients = [g for g in (*found.hidden, *found.weights, *found.biases) if g is not None]

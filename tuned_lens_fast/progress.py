@@ -5,12 +5,14 @@ It runs beside the way from hidden state to statistics, so that no function on i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
+_LOCK = threading.Lock()
 _listener: ContextVar[Callable[[int], None] | None] = ContextVar("listener", default=None)
 _expecting: ContextVar[Callable[[int], None] | None] = ContextVar("expecting", default=None)
 
@@ -35,7 +37,8 @@ def report(rows: int) -> None:
         return  # a compiled decode runs as one piece
     callback = _listener.get()
     if callback is not None:
-        callback(rows)
+        with _LOCK:  # devices are read in a thread each
+            callback(rows)
 
 
 def expect(rows: int) -> None:

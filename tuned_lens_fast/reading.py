@@ -7,6 +7,8 @@ its states are transformed a layer at a time, and read with the unembedding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -17,6 +19,7 @@ from tuned_lens_fast.engines.decoding import Engine
 from tuned_lens_fast.engines.interface import AffineLens, DecodableLens, Head, Query, Readout
 from tuned_lens_fast.engines.tiling import flat_pieces
 from tuned_lens_fast.models.comparison import close
+from tuned_lens_fast.replicas import by_device, readout_on
 
 
 def is_affine(lens: DecodableLens) -> TypeGuard[AffineLens]:
@@ -24,11 +27,14 @@ def is_affine(lens: DecodableLens) -> TypeGuard[AffineLens]:
     return getattr(lens, "affine", hasattr(lens, "translator"))
 
 
-def readout_of(lens: DecodableLens, layers: Iterable[int]) -> Readout:
-    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states."""
+def readout_of(lens: DecodableLens, layers: Iterable[int], head: Head | None = None) -> Readout:
+    """The lens's ``layers`` as an engine takes them; without translators where :func:`read` transforms the states.
+
+    ``head`` stands in for the lens's own.
+    """
     if is_affine(lens):
-        return Readout.of(lens, layers)
-    return Readout((None,) * len(list(layers)), lens.unembed.norm, lens.unembed.head)
+        return Readout.of(lens, layers, head)
+    return Readout((None,) * len(list(layers)), lens.unembed.norm, head or lens.unembed.head)
 
 
 def read(
@@ -42,14 +48,20 @@ def read(
 ) -> dict[str, Tensor]:
     """``engine.decode`` of what ``lens`` reads in ``hidden``, entries ``[..., d_model]`` of its ``layers``.
 
-    ``head`` stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer
-    takes beyond the budget.
+    Of a model on several devices entries are read where they are, on all devices at once, where what the lens reads
+    with fits twice; each has the budget. A lens that was moved away from its model has them come to it. ``head``
+    stands in for the lens's own. A lens that is not affine takes what its ``transform_hidden`` of one layer takes
+    beyond the budget.
 
     Raises:
         ValueError: see :func:`transformed`.
     """
-    readout = readout_of(lens, layers)
-    readout = readout if head is None else replace(readout, head=head)
+    readout = readout_of(lens, layers, head)
+    home = readout.head.weight.device
+    if any(entry.device != home for entry in hidden):
+        if is_affine(lens) and head is None and home in getattr(lens.unembed, "devices", ()):
+            return _read_apart(engine, lens, layers, hidden, readout, query, memory_budget)
+        hidden = [entry.to(home) for entry in hidden]
     if is_affine(lens) or not len(hidden):
         return decode_views(engine, hidden, readout, query, memory_budget)
     one = Readout(readout.translators[:1], readout.norm, readout.head)
@@ -58,6 +70,52 @@ def read(
         states = transformed(lens, entry, layer)
         parts.append(decode_views(engine, [states], one, query, memory_budget))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _read_apart(
+    engine: Engine,
+    lens: Any,
+    layers: Sequence[int],
+    hidden: Sequence[Tensor],
+    readout: Readout,
+    query: Query,
+    memory_budget: int,
+) -> dict[str, Tensor]:
+    """:func:`read` of entries on several devices, each of which makes of the reference what it needs itself."""
+    home = readout.head.weight.device
+
+    def of(numbers: Sequence[int]) -> Readout:
+        return replace(readout, translators=tuple(readout.translators[number] for number in numbers))
+
+    work: list[tuple[list[int], Readout]] = []
+    at_home: list[int] = []
+    for device, numbers in by_device(hidden).items():
+        works = device != home and engine.unavailable(device, readout.head.weight.dtype) is None
+        replica = readout_on(device, lens, [layers[number] for number in numbers], of(numbers)) if works else None
+        if replica is None:
+            at_home += numbers
+        else:
+            work.append((numbers, replica))
+    if at_home:
+        work.append((at_home, of(at_home)))
+
+    @torch.no_grad()
+    def part(numbers: Sequence[int], there: Readout) -> dict[str, Tensor]:
+        device = there.head.weight.device
+        entries = [hidden[number].to(device) for number in numbers]
+        return decode_views(engine, entries, there, query.on(device), memory_budget)
+
+    # A thread each: some engines wait for their GPU in between.
+    with ThreadPoolExecutor(len(work)) as pool:
+        started = [pool.submit(copy_context().run, part, numbers, there) for numbers, there in work]
+        parts = [future.result() for future in started]
+    found: dict[str, Tensor] = {}
+    for (numbers, _), answers in zip(work, parts, strict=True):
+        for name, value in answers.items():
+            if name not in found:
+                found[name] = torch.empty(len(hidden), *value.shape[1:], dtype=value.dtype, device=home)
+            found[name][numbers] = value.to(home)
+    return found
 
 
 def transformed(lens: Any, hidden: Tensor, layer: int) -> Tensor:

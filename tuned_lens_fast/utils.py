@@ -15,8 +15,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tuned_lens_fast.nn.unembed import matrix_hash
-
 T = TypeVar("T")
 AnyTree = Tensor | dict[Any, "AnyTree"] | list["AnyTree"] | tuple["AnyTree", ...]
 TreeType = TypeVar("TreeType", bound=AnyTree)
@@ -184,4 +182,6 @@ def send_to_device(tree: TreeType, device: torch.device) -> TreeType:
 def tensor_hash(tensor: NDArray) -> str:
     """The hash by which a lens knows the unembedding ``[vocab, d_model]`` of its model: of its corners, one digit of
     each number, so that another dtype has the same."""
+    from tuned_lens_fast.nn.unembed import matrix_hash  # which imports much of the package, and this module with it
+
     return matrix_hash(torch.as_tensor(tensor))

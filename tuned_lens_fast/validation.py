@@ -24,22 +24,26 @@ DEFAULT_MEMORY_BUDGET = 256 * 2**20
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: int) -> tuple[list[Tensor], torch.Size]:
-    """The entries ``[..., d_model]``, and the shape between layers and d_model."""
+def check_hidden(
+    hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: int, devices: Sequence[torch.device] = ()
+) -> tuple[list[Tensor], torch.Size]:
+    """The entries ``[..., d_model]``, and the shape between layers and d_model. Beside the head's device they may be on
+    ``devices``.
+    """
     if not isinstance(hidden_states, (Tensor, Sequence)):
         raise TypeError(f"hidden_states: got {kind(hidden_states)}, wanted a tensor or a sequence of tensors")
     entries = list(hidden_states.unbind(0)) if isinstance(hidden_states, Tensor) else list(hidden_states)
     if isinstance(hidden_states, Tensor):
         if hidden_states.ndim < 2:
             raise ValueError(f"hidden_states: got shape {list(hidden_states.shape)}, wanted [L, ..., d_model]")
-        shape, dtype, device = hidden_states.shape[1:], hidden_states.dtype, hidden_states.device
+        shape, dtype = hidden_states.shape[1:], hidden_states.dtype
     elif not entries:
         raise ValueError("hidden_states: got an empty sequence, which has no shape; pass a tensor [0, ..., d_model]")
     else:
         for entry in entries:
             if not isinstance(entry, Tensor):
                 raise TypeError(f"hidden_states: got a sequence with a {type(entry).__name__}, wanted tensors")
-        shape, dtype, device = entries[0].shape, entries[0].dtype, entries[0].device
+        shape, dtype = entries[0].shape, entries[0].dtype
     for i, entry in enumerate(entries):
         if entry.shape != shape:
             raise ValueError(f"hidden_states: entry {i} has shape {list(entry.shape)}, entry 0 {list(shape)}")
@@ -49,8 +53,9 @@ def check_hidden(hidden_states: Tensor | Sequence[Tensor], head: Head, d_model: 
         raise TypeError(f"hidden_states: got {dtype}, wanted a floating dtype")
     if not shape or shape[-1] != d_model:
         raise ValueError(f"hidden_states: got {list(shape)} for a layer, wanted [..., d_model] with d_model {d_model}")
-    if any(entry.device != head.weight.device for entry in entries):
-        raise ValueError(f"hidden_states: they are on {device}, the lens on {head.weight.device}")
+    for entry in entries:
+        if entry.device not in (head.weight.device, *devices):
+            raise ValueError(f"hidden_states: they are on {entry.device}, the lens on {head.weight.device}")
     return entries, shape[:-1]
 
 
@@ -104,8 +109,9 @@ def check_query(
     top_k: int,
     watch: Tensor | Sequence[int] | None,
     stats: Collection[str] | None,
+    devices: Sequence[torch.device] = (),
 ) -> Query:
-    """The question to an engine, positions flattened."""
+    """The question to an engine, positions flattened, on the head's device. A reference may come from ``devices``."""
     vocab, d_model = head.weight.shape
     device = head.weight.device
     if targets is not None:
@@ -118,8 +124,9 @@ def check_query(
             raise TypeError(f"reference: got {kind(reference)}, wanted a tensor of a floating dtype")
         if reference.shape != (*lead, d_model):
             raise ValueError(f"reference: got shape {list(reference.shape)}, wanted {[*lead, d_model]}")
-        if reference.device != device:
+        if reference.device not in (device, *devices):
             raise ValueError(f"reference: it is on {reference.device}, the lens on {device}")
+        reference = reference.to(device)
     if watch is not None:
         if not isinstance(watch, Tensor):
             if not isinstance(watch, Iterable):
@@ -179,9 +186,12 @@ def check_ids(name: str, ids: Any, vocab: int, none: int | None = None) -> None:
         raise IndexError(f"{name}: got {ids[outside][0].item()}, wanted ids from 0 to {vocab - 1}{also}")
 
 
-def check_budget(memory_budget: int | None) -> int:
+def check_budget(memory_budget: int | None, device: torch.device | None = None) -> int:
+    """Bytes; where None are named the default, for runs of a model on a GPU a sixteenth of the memory of ``device``."""
     if memory_budget is None:
-        return DEFAULT_MEMORY_BUDGET
+        if device is None or device.type != "cuda":
+            return DEFAULT_MEMORY_BUDGET
+        return max(DEFAULT_MEMORY_BUDGET, torch.cuda.get_device_properties(device).total_memory // 16)
     if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
         raise TypeError(f"memory_budget: got {memory_budget!r}, wanted an int, bytes")
     if memory_budget <= 0:
@@ -222,28 +232,6 @@ def check_input_ids(model: Any, input_ids: Any, attention_mask: Any) -> None:
             raise TypeError(f"attention_mask: got {kind(attention_mask)}, wanted a tensor")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask: got shape {list(attention_mask.shape)}, wanted {list(input_ids.shape)}")
-
-
-def check_documents(model: Any, documents: Iterable[Tensor | Sequence[int]]) -> list[Tensor]:
-    """Token ids of every document, int32 on the CPU."""
-    if not isinstance(documents, Iterable):
-        raise TypeError(f"documents: got {kind(documents)}, wanted an iterable of token ids")
-    vocab = model.get_input_embeddings().weight.shape[0]
-    held = []
-    for number, document in enumerate(documents):
-        try:
-            tokens = torch.as_tensor(document)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"documents: document {number} is {kind(document)}, wanted token ids ({error})") from error
-        if tokens.ndim != 1 or not len(tokens):
-            raise ValueError(
-                f"documents: document {number} has shape {list(tokens.shape)}, wanted [positions], not empty"
-            )
-        check_ids(f"documents: document {number}", tokens, vocab)
-        held.append(tokens.to("cpu", torch.int32))
-    if not held:
-        raise ValueError("documents: got none")
-    return held
 
 
 def _index(name: str, value: Any) -> int:

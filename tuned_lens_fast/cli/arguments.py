@@ -89,13 +89,18 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the Python code that MODEL brings, which can do all that you can (default: refuse such a model)",
     )
-    group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
+    place.add_argument(
+        "--device-map",
+        choices=["auto", "balanced", "balanced_low_0", "sequential"],
+        help="spread the model over all GPUs, and what does not fit over CPU and disk, as accelerate calls it",
+    )
 
 
 def add_engine_options(command: argparse.ArgumentParser) -> None:
     """How layers are read."""
     from tuned_lens_fast.engines import ENGINES
-    from tuned_lens_fast.validation import DEFAULT_MEMORY_BUDGET
 
     command.add_argument(
         "--chunk", type=positive, metavar="N", help="positions that run at once (default: what the budget allows)"
@@ -106,7 +111,7 @@ def add_engine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory-budget",
         type=byte_count,
-        default=DEFAULT_MEMORY_BUDGET,
         metavar="SIZE",
-        help="scratch that the lens may use, such as 256MiB (the default) or a number of bytes",
+        help="scratch that the lens may use, such as 1GiB or a number of bytes (default: 256MiB, on a GPU a sixteenth "
+        "of its memory)",
     )

@@ -1,7 +1,7 @@
 """``tuned-lens-fast decode``: texts through every layer of a model.
 
 It loads a model and a lens, and calls ``decode_model`` and shows or writes the ``LensStats``, or ``decode_documents``,
-which writes a folder.
+which writes a folder. Of hidden states that are stored, ``--states``, a model's norm and head are enough.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import tempfile
 import time
@@ -26,9 +27,11 @@ from torch import Tensor
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli.arguments import add_engine_options, add_model_options, layer_numbers, positive
+from tuned_lens_fast.cli.launched import add_tp, check_tp, group_of, processes
 from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
+    device_of,
     gguf_in,
     lens_name,
     load_lens,
@@ -42,16 +45,18 @@ from tuned_lens_fast.cli.output import print_json
 from tuned_lens_fast.data.dataset import decode_documents
 from tuned_lens_fast.data.jsonl import Document, read_jsonl
 from tuned_lens_fast.data.parts import MANIFEST
+from tuned_lens_fast.data.stored_states import decode_states, first_states
 from tuned_lens_fast.data.table import table_of
 from tuned_lens_fast.data.table_file import write_table
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.engines.statistics import STATISTICS
-from tuned_lens_fast.inputs import read_watch
+from tuned_lens_fast.inputs import Watch, read_watch
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.memory import PeakMemory
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
-from tuned_lens_fast.nn import Lens
+from tuned_lens_fast.models.forward_pass import input_device
+from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
 from tuned_lens_fast.plotting import compare_page, print_table
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.stats import LensStats
@@ -75,6 +80,13 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--file", type=Path, help="read the text from this file")
     command.add_argument(
         "--jsonl", type=Path, metavar="FILE", help="read many texts, an object a line; needs --out DIR"
+    )
+    command.add_argument(
+        "--states",
+        type=Path,
+        metavar="PATH",
+        help="read hidden states in place of a text: a file as vLLM's extract_hidden_states writes it, or a folder of "
+        "such, which needs --out DIR. Of MODEL, a folder, only norm and head are loaded",
     )
     command.add_argument("--text-column", metavar="NAME", help="where the texts of --jsonl are (default: text)")
     command.add_argument("--id-column", metavar="NAME", help="what they are called (default: 0, 1, 2 and so on)")
@@ -100,7 +112,10 @@ def add(command: argparse.ArgumentParser) -> None:
         """that are read as one: '{"yes": ["Yes", " yes"]}'""",
     )
     command.add_argument(
-        "--layers", type=layer_numbers, help='such as "0,5,10-20" (default: all; the output is always there)'
+        "--layers",
+        type=layer_numbers,
+        help='such as "0,5,10-20" (default: all; the output is always there). Of --states those that are stored, where '
+        "the model's number of blocks is its output",
     )
     add_engine_options(command)
     command.add_argument(
@@ -120,6 +135,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verbose", action="store_true", help="say how the memory budget is spent")
     command.add_argument("--quiet", action="store_true", help="print nothing but errors (and JSON, if asked for)")
     add_model_options(command)
+    add_tp(command)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
@@ -127,12 +143,30 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
     # Up to Python 3.12, argparse finds an optional positional only right behind the one before it.
     if args.text is None and rest and (rest[0] == "-" or not rest[0].startswith("-")):
         args.text = rest.pop(0)
-    if sum(source is not None for source in (args.text, args.file, args.jsonl)) != 1:
-        parser.error("decode: wanted one of TEXT, -, --file FILE or --jsonl FILE")
+    if sum(source is not None for source in (args.text, args.file, args.jsonl, args.states)) != 1:
+        parser.error("decode: wanted one of TEXT, -, --file FILE, --jsonl FILE or --states PATH")
+    if args.states is not None:
+        for option in ("generate", "compare", "chunk", "gguf_file", "device_map", "tp"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option.replace('_', '-')} is for texts that a model runs on, not for --states")
+        if args.chat:
+            parser.error("--chat is for texts that a model runs on, not for --states")
+        if args.states.is_dir() and not _is_folder(args.out):
+            parser.error(f"--states: of a folder, wanted --out with a folder, got {args.out or 'none'}")
     for name, text in (("TEXT", args.text), *(("--watch", token) for token in args.watch or ())):
         # Bytes that are no UTF-8 reach Python as halves of surrogate pairs, which no tokenizer takes.
         if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
             parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
+    check_tp(parser, args.tp)
+    for name in ("device", "device_map", "gguf_file"):
+        if (args.tp or 1) > 1 and getattr(args, name):
+            parser.error(
+                f"--tp: each process has its part of the model on a GPU of its own; drop --{name.replace('_', '-')}"
+            )
+    if processes() > (args.tp or 1) and not _is_folder(args.out):
+        parser.error(
+            f"--out: {processes()} processes share the work on a folder, got {args.out or 'none'}; or name --tp"
+        )
     if args.jsonl is not None and not _is_folder(args.out):
         parser.error(f"--jsonl: wanted --out with a folder, got {args.out or 'none'}")
     if args.jsonl is None and (args.text_column or args.id_column):
@@ -173,7 +207,20 @@ def _is_folder(out: Path | None) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    with group_of(args.tp or 1) as leads:
+        if not leads and not _is_folder(args.out):
+            args.out = None
+        if not leads:
+            args.html, args.json = None, False
+        args.quiet = args.quiet or os.environ.get("RANK", "0") != "0"
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
+    if args.states is not None:
+        _run_on_states(args, show)
+        return
     if args.jsonl is None:
         documents = [Document(None, None, read_text(args))]
     else:
@@ -183,7 +230,6 @@ def run(args: argparse.Namespace) -> None:
     args.gguf_file = args.gguf_file or gguf_in(args.model)
     lens_files = {name: load_lens_artifacts(name) for name in {args.lens, args.compare} - {None, "logit"}}
     meter = ProgressBar(show, disable=args.quiet)
-    stats = None
     with meter.shown(), _plan_shown(show, args.verbose):
         meter.say("reading the text")
         tokenizer = load_tokenizer(args)
@@ -215,12 +261,15 @@ def run(args: argparse.Namespace) -> None:
         blocks = len(get_transformer_layers(model)[1])
         lenses = [lens] if other is None else [lens, other]
         count = sum(1 + len(layers_of(each, blocks) if args.layers is None else args.layers) for each in lenses)
-        start, peak = time.perf_counter(), PeakMemory(model.device)
+        start, peak = time.perf_counter(), PeakMemory(input_device(model))
 
         def decoded(lens: Lens) -> LensStats:
-            return cast(LensStats, decode_model(model, lens, ids[0][None].to(model.device), **question)).to("cpu")
+            return cast(LensStats, decode_model(model, lens, ids[0][None].to(input_device(model)), **question)).to(
+                "cpu"
+            )
 
-        runs: list[tuple[str, LensStats, Tensor | None]] = []
+        runs: list[tuple[str, LensStats, Tensor]] = []
+        batch: LensStats | None = None
         with meter.counting(count):
             if _is_folder(args.out):
                 names: Any = [document.id for document in documents] if args.id_column else None
@@ -228,28 +277,93 @@ def run(args: argparse.Namespace) -> None:
             else:
                 progress.expect(count * len(ids[0]))
                 batch = decoded(lens)
-                stats = batch[:, 0]
-                runs = [(lens_name(args.lens), stats, ids[0])]
+                runs = [(lens_name(args.lens), batch[:, 0], ids[0])]
                 if other is not None:
                     runs.append((lens_name(args.compare), decoded(other)[:, 0], ids[0]))
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
-        if stats is not None and args.out is not None:
-            if args.out.suffix.lower() == ".safetensors":
-                stats.save(args.out)
-            else:
-                write_table(args.out, _table(batch, tokenizer, ids[0]))
-        if stats is not None and args.html is not None:
-            page = compare_page(runs, tokenizer, title=_title(args), watch=None if watch is None else watch.columns())
-            with atomic_write(args.html) as aside:
-                aside.write_text(page, encoding="utf-8")
+        _write(args, batch, runs, tokenizer, watch)
+    _say(args, show, meter, runs, tokenizer, count, seconds, extra)
 
-    if stats is not None and args.json:
-        print_json({**_as_json(args, stats, tokenizer, ids[0]), "seconds": seconds, "peak_extra_bytes": extra})
-    elif stats is not None and not args.quiet:
-        print_table(Console(), stats, tokenizer, ids[0])
-    if args.out is not None and stats is None and not meter.positions:
+
+def _run_on_states(args: argparse.Namespace, show: Console) -> None:
+    """:func:`run` where the hidden states are there already."""
+    _check_outputs(args)
+    meter = ProgressBar(show, disable=args.quiet)
+    with meter.shown(), _plan_shown(show, args.verbose):
+        meter.say("loading norm and head")
+        lens: Lens = LogitLens.from_checkpoint(args.model, trust_remote_code=args.trust_remote_code)
+        if args.lens is not None:
+            lens = TunedLens.from_unembed_and_pretrained(lens.unembed, args.lens)
+        lens = lens.to(device_of(args.device))
+        tokenizer = load_tokenizer(args)
+        watch = read_watch(args.watch and _watched(args.watch), tokenizer)
+        hidden, ids = first_states(args.states)
+        blocks = lens.unembed.num_hidden_layers or 0
+        count = len(args.layers or layers_of(lens, blocks)) + (0 if args.layers else hidden.shape[1] - blocks)
+        start, peak = time.perf_counter(), PeakMemory(lens.unembed.head.weight.device)
+        question: dict[str, Any] = {
+            "layers": args.layers,
+            "top_k": args.top_k,
+            "stats": args.stats,
+            "watch": watch,
+            "engine": args.engine,
+            "memory_budget": args.memory_budget,
+        }
+        runs: list[tuple[str, LensStats, Tensor]] = []
+        batch: LensStats | None = None
+        with meter.counting(count):
+            if _is_folder(args.out):
+                decode_states(lens, args.states, out=args.out, tokenizer=tokenizer, **question)
+            else:
+                stats = cast(LensStats, decode_states(lens, args.states, **question)).to("cpu")
+                runs = [(lens_name(args.lens), stats, ids)]
+                columns = {name: value[:, None] for name, value in stats.items() if name not in ("layers", "targets")}
+                targets = None if stats.targets is None else stats.targets[None]
+                batch = LensStats(**columns, layers=stats.layers, targets=targets, watch=stats.watch)
+        seconds, extra = time.perf_counter() - start, peak.growth()
+        meter.say("writing")
+        _write(args, batch, runs, tokenizer, watch)
+    _say(args, show, meter, runs, tokenizer, count, seconds, extra)
+
+
+def _write(
+    args: argparse.Namespace,
+    batch: LensStats | None,
+    runs: list[tuple[str, LensStats, Tensor]],
+    tokenizer: Any,
+    watch: Watch | None,
+) -> None:
+    """What ``--out`` and ``--html`` ask for of one text, ``batch`` ``[layers, 1, positions]``."""
+    if batch is not None and args.out is not None:
+        if args.out.suffix.lower() == ".safetensors":
+            runs[0][1].save(args.out)
+        else:
+            write_table(args.out, _table(batch, tokenizer, runs[0][2]))
+    if runs and args.html is not None:
+        page = compare_page(runs, tokenizer, title=_title(args), watch=None if watch is None else watch.columns())
+        with atomic_write(args.html) as aside:
+            aside.write_text(page, encoding="utf-8")
+
+
+def _say(
+    args: argparse.Namespace,
+    show: Console,
+    meter: ProgressBar,
+    runs: list[tuple[str, LensStats, Tensor]],
+    tokenizer: Any,
+    count: int,
+    seconds: float,
+    extra: int | None,
+) -> None:
+    """The statistics of one text, where they are not in a folder, and what was done."""
+    if runs and args.json:
+        described = _as_json(args, runs[0][1], tokenizer, runs[0][2])
+        print_json({**described, "seconds": seconds, "peak_extra_bytes": extra})
+    elif runs and not args.quiet:
+        print_table(Console(), runs[0][1], tokenizer, runs[0][2])
+    if args.out is not None and not runs and not meter.positions:
         show.print(f"{args.out} is already complete", highlight=False, markup=False, soft_wrap=True)
         return
     memory = "" if extra is None else f", at most {extra / 2**20:,.0f} MiB beyond the model"
@@ -308,7 +422,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _continued(model: Any, ids: Tensor, most: int) -> Tensor:
     """``ids`` ``[positions]`` and up to ``most`` tokens that the model takes to be likeliest, one after the other."""
-    prompt = ids[None].to(model.device)
+    prompt = ids[None].to(input_device(model))
     with torch.no_grad():
         found = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=most, do_sample=False, num_beams=1

@@ -28,6 +28,7 @@ from tuned_lens_fast.data.parts import MANIFEST
 from tuned_lens_fast.decode import decode_model
 from tuned_lens_fast.load_artifacts import load_lens_artifacts
 from tuned_lens_fast.messages import quoted, shortened
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.plotting.serve import MemoryText, Run, Server, texts_of
 from tuned_lens_fast.streaming import check_length
 
@@ -91,11 +92,9 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError("text: it is empty, so there is nothing to decode")
             (ids,) = tokenize(tokenizer, [Document(None, None, text)], None)
             check_length(model, len(ids))
+            prompt = ids[None].to(input_device(model))
             found = [
-                (
-                    lens_name(name),
-                    decode_model(model, lens, ids[None].to(model.device), top_k=args.top_k).to("cpu")[:, 0],
-                )
+                (lens_name(name), decode_model(model, lens, prompt, top_k=args.top_k).to("cpu")[:, 0])
                 for name, lens in zip(names, lenses, strict=True)
             ]
             return MemoryText(text[:80], title, found, ids, tokenizer)

@@ -19,6 +19,7 @@ from tuned_lens_fast.jacobian_lens import read_jacobian_config
 from tuned_lens_fast.load_artifacts import ONE_FILE, is_model_config, jacobian_files, load_lens_artifacts
 from tuned_lens_fast.messages import ranges, shortened
 from tuned_lens_fast.model_surgery import get_transformer_layers
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.nn import LogitLens
 
 
@@ -100,5 +101,5 @@ def _model_facts(args: argparse.Namespace) -> dict[str, Any]:
         "final norm": ", ".join(norm_parts),
         "head": f"linear {'with' if head.bias is not None else 'without'} bias, {str(head.weight.dtype)[6:]}",
         "logit transform": ", ".join(transform) or None,
-        "device": str(model.device),
+        "device": str(input_device(model)),
     }

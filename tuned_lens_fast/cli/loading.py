@@ -15,25 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuned_lens_fast.cli.launched import device_of
 from tuned_lens_fast.data.jsonl import Document
 from tuned_lens_fast.messages import listed, quoted, shortened
 from tuned_lens_fast.nn import Lens, LogitLens, TunedLens
-
-
-def device_of(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: cannot use {quoted(name, 150)}: {shortened(error)}") from error
-    return device
 
 
 def load_model(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = "float32" if args.gguf_file and args.dtype == "auto" else args.dtype
-    device = device_of(args.device)
+    device, tp = None if args.device_map else device_of(args.device), getattr(args, "tp", None) or 1
+    options: dict[str, Any] = {"device_map": args.device_map}
+    if tp > 1:
+        from transformers.distributed import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(tp_size=tp)}
     # Transformers shows a bar of its own while it unpacks GGUF, which nothing switches off.
     hidden = redirect_stderr(io.StringIO()) if args.gguf_file and not args.debug else nullcontext()
     with model_errors(args.model), hidden:
@@ -43,8 +40,12 @@ def load_model(args: argparse.Namespace) -> Any:
             gguf_file=args.gguf_file,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=args.trust_remote_code,
+            **options,
         )
-    model.to(device)
+    if tp > 1:
+        return model.eval()  # each process has its parts, where it computes
+    if device is not None:
+        model.to(device)
     for parameter in model.parameters():
         # Weights are mapped from their file, and resident only once read: a page is 4 KiB. Read now, they
         # count as the model's memory, not as the decode's.
@@ -60,7 +61,7 @@ def lens_name(name: str | None) -> str:
 def load_lens(model: Any, name: str | None) -> Lens:
     if name is None:
         return LogitLens.from_model(model)
-    return TunedLens.from_model_and_pretrained(model, name).to(model.device)
+    return TunedLens.from_model_and_pretrained(model, name)
 
 
 def load_tokenizer(args: argparse.Namespace) -> Any:

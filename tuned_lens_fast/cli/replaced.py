@@ -68,7 +68,6 @@ class Flag:
 
 
 _OTHER_TOKENIZER = "a model is read with its own tokenizer; save the other one in the model's folder"
-_ONE_PROCESS = "one process trains, on one device"
 
 FLAGS = (
     Flag("model.name", _BOTH, str, "MODEL"),
@@ -99,7 +98,7 @@ FLAGS = (
     Flag("opt.weight_decay", _TRAIN, number, "--weight-decay"),
     Flag("opt.warmup_steps", _TRAIN, whole, "--warmup"),
     Flag("opt.momentum", _TRAIN, number, why="it is 0.9; leave it out", default=0.9, refused=True),
-    Flag("opt.zero", _TRAIN, _truth, why=f"{_ONE_PROCESS}, which holds all of the optimiser", default=False),
+    Flag("opt.zero", _TRAIN, _truth, why="it is so wherever several processes train", default=False),
     Flag(
         "dist.fsdp", _BOTH, _truth, default=False, refused=True,
         why="a model is loaded on one device; leave it out where the model fits, perhaps with --precision bfloat16",
@@ -108,7 +107,7 @@ FLAGS = (
         "dist.cpu_offload", _BOTH, _truth, default=False, refused=True,
         why="a model is loaded on one device; leave it out where the model fits, or add --device cpu",
     ),
-    Flag("dist.nccl_timeout", _BOTH, _integer, why=f"{_ONE_PROCESS}, and waits for no other", default=1200),
+    Flag("dist.nccl_timeout", _BOTH, _integer, why="processes wait as long as PyTorch's own default", default=1200),
     Flag(
         "dist.per_gpu_batch_size", _BOTH, positive, default=1,
         why="how many sequences run at once follows from --memory-budget and changes no result",
@@ -174,8 +173,8 @@ def translated(argv: Sequence[str]) -> list[str]:
     values, rest = parser.parse_known_args([_with(word, "-", "_") for word in words])
     given = vars(values)
     processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        parser.error(f"{_ONE_PROCESS}; torchrun started {processes}, run it as python -m tuned_lens_fast {command}")
+    if processes != "1" and command == "eval":
+        parser.error(f"one process measures; torchrun started {processes}, run it as python -m tuned_lens_fast eval")
     for missing in ("data.name", "output"):
         if missing not in given:
             parser.error(f"--{missing}: wanted one")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, layer_numbers, number, positive, whole
+from tuned_lens_fast.cli.launched import add_tp, group_of, processes
 from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_model, load_tokenizer, model_errors
 from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.folder import cannot_write
@@ -191,6 +192,7 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     work.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_model_options(command)
+    add_tp(command)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[str]) -> None:
@@ -220,6 +222,14 @@ def _resumes(args: argparse.Namespace) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.tp not in (None, processes()):
+        raise ValueError(f"tp: got {args.tp} and {processes()} processes, wanted all of them")
+    with group_of(processes()) as leads:
+        args.quiet = args.quiet or not leads
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     show = Console(file=sys.stderr, quiet=args.quiet)
     check_folder(args.model)
     args.gguf_file = args.gguf_file or gguf_in(args.model)
@@ -242,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
         if args.lens is None:
             lens = TunedLens.from_model(model, None if args.revision == "main" else args.revision)
         else:
-            lens = TunedLens.from_model_and_pretrained(model, args.lens).to(model.device)
+            lens = TunedLens.from_model_and_pretrained(model, args.lens)
     report = train(
         model,
         lens,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tuned_lens_fast.models.alias import is_fully_sharded
+from tuned_lens_fast.models.resident import plain, stored
 
 #: Numbers of a tensor that are looked at, spread over all of it.
 _SAMPLE = 4096
@@ -20,29 +23,34 @@ _SAMPLE = 4096
 def of_model(model: Any) -> str:
     """SHA-256 of the config, and of the name, shape, dtype, checksum and a sample of every tensor.
 
-    Fine-tuned, edited, cast or differently configured models differ; where a model lies and on which device does not
-    count.
+    Fine-tuned, edited, cast or differently configured models differ; where a model lies does not count: split over
+    ranks or offloaded, it has the hash of the whole one. Tensors are looked at one by one, as they are stored, and the
+    ranks of a split model have to ask together.
     """
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):  # quantized modules keep other things there as well
-            _add(digest, name, tensor, sample=True)
+    for part in model.modules():
+        if is_fully_sharded(part):
+            part.reshard()  # what is gathered to compute with may be of another dtype
+    # Not its state_dict(): that runs hooks, and some quantised weights are changed by it.
+    for name, module, own in sorted(_names(model), key=lambda entry: entry[0]):
+        for inner, tensor in _dense(name, stored(module, own)):
+            _add(digest, inner, tensor, sample=True)
     return digest.hexdigest()
 
 
 def of_lens(lens: Any) -> str:
     """SHA-256 of the lens's class, all of its tensors, and a sample of the norm and head it reads with."""
     digest = hashlib.sha256(type(lens).__name__.encode())
-    for name, tensor in sorted(lens.state_dict().items()):
-        _add(digest, name, tensor)
+    for name, module, own in sorted(_names(lens), key=lambda entry: entry[0]):
+        _add(digest, name, plain(stored(module, own)))
     for part in (lens.unembed.norm, lens.unembed.head):
         for name, value in vars(part).items():
             if isinstance(value, Tensor):
                 _add(digest, name, value, sample=True)
-            elif not isinstance(value, torch.nn.Module):
+            elif not isinstance(value, nn.Module):
                 digest.update(f"{name} {value}".encode())
     return digest.hexdigest()
 
@@ -63,10 +71,36 @@ def of_text(parts: Iterable[str | int]) -> str:
     return digest.hexdigest()
 
 
+def _names(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Every tensor of a state dict: its name there, the module that it is of, and its name in that."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        buffers = module._buffers.keys() - module._non_persistent_buffers_set
+        for own, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is not None and (own in module._parameters or own in buffers):
+                yield f"{path}.{own}" if path else own, module, own
+
+
+def _dense(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that a quantised one is made of, by name."""
+    quant_state = getattr(tensor, "quant_state", None)
+    tensor = plain(tensor)
+    if hasattr(tensor, "__tensor_flatten__"):
+        for inner in tensor.__tensor_flatten__()[0]:
+            yield from _dense(f"{name}.{inner}", getattr(tensor, inner))
+        return
+    yield name, tensor.as_subclass(Tensor)
+    while quant_state is not None:  # of bitsandbytes, whose scales may be quantised in turn
+        name += ".quant_state"
+        for inner, value in sorted(vars(quant_state).items()):
+            if isinstance(value, Tensor):
+                yield f"{name}.{inner}", value
+        quant_state = getattr(quant_state, "state2", None)
+
+
 def _add(digest: Any, name: str, tensor: Tensor, sample: bool = False) -> None:
     digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
     if tensor.is_meta:
-        return  # weights that are loaded only when they are used
+        return  # nobody has its numbers
     values = tensor.detach().reshape(-1)
     if sample and values.numel():
         # The sum of all bits notices an edit anywhere, and the sample that values were put elsewhere.

@@ -2,29 +2,29 @@
 
 It ends the way from hidden state to statistics where they are too many to keep: ``dataset`` says what is computed,
 this module what of it is already on disk, and adds the rest. A part has the checksum of its content in its name, so
-that one rename puts both there, and damage is noticed whenever the content is read.
+that one rename puts both there, and damage is noticed whenever the content is read. Any number of processes work on
+one run, each on shares that it has claimed (``claims``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from tuned_lens_fast.atomic_write import atomic_write, sync_folder
-from tuned_lens_fast.data.folder import cannot_write, check_identity, digest, held
-from tuned_lens_fast.data.table import float_encodings, table_of
-from tuned_lens_fast.stats import LensStats
+from tuned_lens_fast.atomic_write import aside_of, atomic_write, put_in_place, sync_folder
+from tuned_lens_fast.data.claims import Claims, looks
+from tuned_lens_fast.data.folder import cannot_write, check_identity, digest
+from tuned_lens_fast.data.table import float_encodings
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 # Readers of a folder of Parquet pass over names that begin so.
 MANIFEST = "_run.json"
-_FORMAT = "tuned_lens_fast data set 2"
+_FORMAT = "tuned_lens_fast data set 3"
 _ANY_FORMAT = re.compile(r"tuned_lens_fast data set \d{1,9}")
 #: Bytes of a manifest at most: several million documents.
 _LARGEST_MANIFEST = 2**30
 #: The key of every part's metadata, which is JSON: the run, the model, the lens, the versions.
 METADATA = b"tuned_lens_fast"
 _PART = re.compile(r"part-(\d{6,9})-(\d{6,9})-([0-9a-f]{16})\.parquet")
-_LEFTOVER = re.compile(rf"\.({re.escape(MANIFEST)}|{_PART.pattern})\.\d+")
+_LEFTOVER = re.compile(rf"\.(?:{re.escape(MANIFEST)}|part-(\d{{6,9}})-\d{{6,9}}\.parquet)\.\d+")
 #: Rows a row group holds at least, in whole layers: fewer cost more to write than reading past them does (1,024
 #: positions of 31 layers take 180 ms with a group a layer, 100 ms with groups of 4,096 rows, 60 ms with one group).
 _GROUP_ROWS = 4096
@@ -51,8 +51,16 @@ class Batch:
     """Documents that run through the model together, and how their positions are cut into chunks."""
 
     documents: list[int]  #: indices into the run's documents
-    boundaries: list[int]  #: chunk i holds the positions from boundaries[i] to boundaries[i + 1]
-    rows: list[int]  #: of every chunk's part
+    boundaries: list[int]  #: chunk i holds the positions from boundaries[i - 1] to boundaries[i]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process decodes at a time: some batches, whose chunks are written to some parts."""
+
+    batches: list[Batch]
+    ends: list[int]  #: part i holds the chunks, counted through all batches, from ends[i - 1] to ends[i]
+    rows: list[int]  #: of every part
 
 
 @dataclass(frozen=True)
@@ -60,102 +68,196 @@ class RunState:
     """What of a run is on disk. ``str(state)`` says it in a line."""
 
     path: Path
-    batches: list[Batch]
-    whole: dict[tuple[int, int], Path]  #: by batch and chunk, the parts whose content is what was written
+    shares: list[Share]
+    whole: dict[tuple[int, int], Path]  #: by share and number, the parts whose content is what was written
     damaged: dict[tuple[int, int], Path]  #: the other parts
+    doubled: list[Path] = field(default_factory=list)  #: whole or not, more than one for their place
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """Batch and chunk of the parts that are not there at all."""
+        """Share and number of the parts that are not there at all."""
         there = self.whole.keys() | self.damaged.keys()
-        return [place for place in _places(self.batches) if place not in there]
+        return [place for place in _places(self.shares) if place not in there]
 
     @property
     def complete(self) -> bool:
-        """Whether every part is there and whole."""
-        return len(self.whole) == len(_places(self.batches))
+        """Whether every part is there once, and whole."""
+        return len(self.whole) == len(_places(self.shares)) and not self.doubled
 
     def __str__(self) -> str:
-        parts = len(_places(self.batches))
-        documents = sum(len(batch.documents) for batch in self.batches)
+        parts = len(_places(self.shares))
+        documents = sum(len(batch.documents) for share in self.shares for batch in share.batches)
         held = f"{parts:,}" if self.complete else f"{len(self.whole):,} of {parts:,}"
         lacks = [f"{kind} {_named(names)}" for kind, names in (
             ("damaged:", [path.name for path in self.damaged.values()]),
+            ("there twice:", [path.name for path in self.doubled]),
             ("missing:", [_stem(*place) for place in self.missing]),
         ) if names]  # fmt: skip
         return f"{self.path}: {held} parts, {documents:,} documents, {'; '.join(lacks) or 'complete'}"
 
 
 class RunFolder:
-    """One run's folder, as long as this process holds it; see :func:`run_folder`."""
+    """One run's folder, which others may be writing to as well; see :func:`run_folder`."""
 
-    def __init__(self, path: Path, batches: list[Batch], metadata: dict[str, Any], begun_with: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, shares: list[Share], metadata: dict[str, Any], begun_with: dict[str, Any], claims: Claims
+    ) -> None:
         self.path = path
-        self.batches = batches
+        self.shares = shares
         self.begun_with = begun_with  #: ``made_with`` of the process that planned the run
         self._metadata = metadata
-        _parts(path, batches, "out")
-        for name in os.listdir(path):
-            if _LEFTOVER.fullmatch(name):
-                (path / name).unlink()
+        self._claims = claims
+        self._there = _parts(path, shares, "out")
 
-    def unfinished(self) -> list[set[int]]:
-        """For every batch the chunks whose part is not there. Damaged parts are removed, with a warning.
+    def has(self, share: int, part: int) -> bool:
+        """Whether a file of that part was there at the last look."""
+        return (share, part) in self._there
+
+    def has_all(self, share: int) -> bool:
+        """Whether files of all of a share's parts were."""
+        return all(self.has(share, part) for part in range(len(self.shares[share].rows)))
+
+    def claimed(self) -> Iterator[tuple[int, list[int]]]:
+        """Every share that this process has claimed, and the numbers of its parts that are to be written.
+
+        Parts that are damaged, or there twice, are removed, with a warning. :meth:`finish` lets go of a share. It ends
+        when all parts are there, whoever wrote them: what another process holds is waited for, and taken over from one
+        that dies.
 
         Raises:
             ValueError: a part of another run.
             OSError: a part cannot be read, or not removed.
         """
-        state = _survey(self.path, self.batches, self._metadata["run"], "out")
-        if state.damaged:
-            names = _named([path.name for path in state.damaged.values()])
-            warnings.warn(f"out: parts in {self.path} are damaged and are written anew: {names}", stacklevel=2)
+        left, waits = [*range(len(self.shares))], None
+        while left:
+            held = []
+            for share in left:
+                if self._claims.checked(share) and self.has_all(share):
+                    continue
+                if not self._claims.claim(share):
+                    held.append(share)
+                    continue
+                lacking = self._lacking(share)
+                if lacking:
+                    waits = None
+                    yield share, lacking
+                else:
+                    self.finish(share)
+            if not self._claims.locked:
+                return
+            if held:
+                names = _named([f"{share:06}" for share in held])
+                waits = waits or looks(f"the shares {names} of {self.path}, which other processes hold")
+                next(waits)
+                self._there = _parts(self.path, self.shares, "out")
+            left = held
+
+    def finish(self, share: int) -> None:
+        """All of a share's parts are there: let go of it."""
+        self._claims.mark(share)
+        self._claims.release(share)
+
+    def _lacking(self, share: int) -> list[int]:
+        """The parts that a share lacks, which this process holds; what a dead one left of it is removed."""
+        for name in os.listdir(self.path):
+            leftover = _LEFTOVER.fullmatch(name)
+            if leftover is not None and leftover[1] is not None and int(leftover[1]) == share:
+                (self.path / name).unlink(missing_ok=True)
+        self._there = _parts(self.path, self.shares, "out")
+        places = [(share, part) for part in range(len(self.shares[share].rows))]
+        if self._claims.checked(share):
+            return [part for share, part in places if (share, part) not in self._there]
+        found = {place: self._there[place] for place in places if place in self._there}
+        state = _survey(self.path, self.shares, found, self._metadata["run"], "out")
+        surplus = [*state.damaged.values(), *state.doubled]
+        if surplus:
+            names = _named([path.name for path in surplus])
+            what = "are damaged and are written anew" if state.damaged else "are there twice and are removed"
+            warnings.warn(f"out: parts in {self.path} {what}: {names}", stacklevel=6)
         # Before the new ones are there: rows that differ in their last bits would get another name beside the old.
-        for path in state.damaged.values():
-            path.unlink()
-        return [
-            {chunk for chunk in range(len(batch.rows)) if (number, chunk) not in state.whole}
-            for number, batch in enumerate(self.batches)
-        ]
+        for path in surplus:
+            path.unlink(missing_ok=True)
+        return [part for share, part in places if (share, part) not in state.whole]
 
-    def write(
-        self,
-        batch: int,
-        chunk: int,
-        stats: LensStats,
-        documents: pa.Array,
-        positions: Tensor,
-        token_ids: Tensor,
-        real: Tensor,
-        tokenizer: Any,
-    ) -> None:
-        """Put a chunk on the disk as a part; see :func:`~tuned_lens_fast.data.table.table_of`.
+    def begin(self, share: int, part: int) -> Part:
+        """A part to be written, of a share that this process holds."""
+        return Part(self.path, _stem(share, part), {**self._metadata, "share": share, "part": part})
 
-        Raises:
-            OSError: it cannot be written; nothing of it stays.
+
+class Part:
+    """A part that is being written: chunk by chunk under another name, and renamed when it is whole.
+
+    Its methods raise OSError where it cannot be written; nothing of it stays.
+    """
+
+    def __init__(self, folder: Path, stem: str, metadata: dict[str, Any]) -> None:
+        self._folder = folder
+        self._stem = stem
+        self._metadata = {METADATA: json.dumps(metadata)}
+        self._aside = aside_of(folder / f"{stem}.parquet")
+        self._file: _Checked | None = None
+        self._writer: Any = None
+
+    def add(self, table: pa.Table, of_layer: int) -> None:
+        """Write the rows of one chunk, of which a layer has ``of_layer``; see
+        :func:`~tuned_lens_fast.data.table.table_of`.
         """
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = table_of(stats, documents, positions, token_ids, real, tokenizer)
-        of_layer = max(1, int(real.sum()))
-        metadata = {**self._metadata, "batch": batch, "chunk": chunk}
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata({METADATA: json.dumps(metadata)}),
-            sink,
-            row_group_size=of_layer * -(-_GROUP_ROWS // of_layer),
-            compression="zstd",
-            use_dictionary=[name for name in _IDS if name in table.column_names],
-            column_encoding=float_encodings(table.schema),
-        )
-        content = memoryview(sink.getvalue())
-        path = self.path / f"{_stem(batch, chunk)}-{_checksum([content])}.parquet"
+        with self._removed_on_failure():
+            if self._file is None:
+                self._file = _Checked(self._aside)
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(
+                    self._file,
+                    table.schema.with_metadata(self._metadata),
+                    compression="zstd",
+                    use_dictionary=[name for name in _IDS if name in table.column_names],
+                    column_encoding=float_encodings(table.schema),
+                )
+            of_layer = max(1, of_layer)
+            rows = of_layer * -(-_GROUP_ROWS // of_layer)
+            self._writer.write_table(table.replace_schema_metadata(self._metadata), rows)
+
+    def abandon(self) -> None:
+        """Remove what was written of it."""
+        if self._file is not None:
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Put it in its place, under a name with its checksum."""
+        assert self._file is not None
+        with self._removed_on_failure():
+            self._writer.close()
+            self._file.close()
+            put_in_place(self._aside, self._folder / f"{self._stem}-{_checksum(self._file.digest)}.parquet")
+
+    @contextmanager
+    def _removed_on_failure(self) -> Iterator[None]:
         try:
-            with atomic_write(path) as aside:
-                aside.write_bytes(content)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+            yield
+        except BaseException as error:
+            self.abandon()
+            if isinstance(error, OSError):
+                raise cannot_write(self._folder / f"{self._stem}.parquet", error) from error
+            raise
+
+
+class _Checked(io.FileIO):
+    """A file that is written, and hashed on the way."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w")
+        self.digest = hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self.digest.update(view)
+        done = 0
+        while done < len(view):
+            done += super().write(view[done:]) or 0
+        return done
 
 
 @contextmanager
@@ -164,43 +266,53 @@ def run_folder(
     identity: dict[str, Any],
     names: dict[str, str],
     made_with: dict[str, Any],
-    plan: Callable[[], list[Batch]],
+    plan: Callable[[], list[Share]],
+    ranks: int = 1,
 ) -> Iterator[RunFolder]:
-    """The folder ``path`` for one run: a new one, or one that an earlier process left unfinished.
+    """The folder ``path`` for one run: a new one, or one that others began and may be writing to.
 
     Args:
         path: made if it is not there.
         identity: all that the rows depend on, ready for JSON; a folder with another identity is refused.
         names: what people call some entries of ``identity`` that are only hashes there.
         made_with: versions and the like, on which the last bits of the rows may depend; recorded and not compared.
-        plan: called for a new run; an earlier one's batches are kept.
+        plan: called for a new run; the shares of one that is there are kept.
+        ranks: processes that work as one, of which this is the first.
 
     Raises:
         ValueError: the folder is another run's, holds other things, or has a damaged manifest.
-        BlockingIOError: another process is writing there.
         OSError: the folder cannot be made or written.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"out: {path} is a file, wanted a folder")
     # Not for a folder that has a plan: it may have been made with more memory than there is now.
-    batches = None
+    shares = None
     if not (path / MANIFEST).exists():
         if path.exists():
-            _parts(path, [], "out")
-        batches = plan()
+            _parts(path, None, "out")
+        shares = plan()
     try:
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
-    with held(path):
-        if batches is not None and not (path / MANIFEST).exists():
-            _write_manifest(path, identity, names, made_with, batches)
-        manifest = _read_manifest(path, "out")
-        check_identity(path, manifest, identity, names)
+    with Claims(path, ranks) as claims:
+        with claims.guard():
+            if shares is not None and not (path / MANIFEST).exists():
+                if claims.rank:
+                    for _ in looks(f"the first process of the job to write {path / MANIFEST}"):
+                        if (path / MANIFEST).exists():
+                            break
+                else:
+                    _write_manifest(path, identity, names, made_with, shares)
+            manifest = _read_manifest(path, "out")
+            check_identity(path, manifest, identity, names)
+            for name in os.listdir(path):
+                if name.startswith(f".{MANIFEST}") and _LEFTOVER.fullmatch(name):
+                    (path / name).unlink(missing_ok=True)
         metadata = {"run": manifest["run"], **names, "watch": identity.get("watch"), **made_with}
-        yield RunFolder(path, manifest["batches"], metadata, manifest["made_with"])
+        yield RunFolder(path, manifest["shares"], metadata, manifest["made_with"], claims)
 
 
 def check_run(path: str | os.PathLike[str]) -> RunState:
@@ -215,7 +327,7 @@ def check_run(path: str | os.PathLike[str]) -> RunState:
     if not (path / MANIFEST).exists():
         raise ValueError(f"run: {path} holds no run, since there is no {MANIFEST}")
     manifest = _read_manifest(path, "run")
-    return _survey(path, manifest["batches"], manifest["run"], "run")
+    return _survey(path, manifest["shares"], _parts(path, manifest["shares"], "run"), manifest["run"], "run")
 
 
 def load_run(path: str | os.PathLike[str]) -> pyarrow.dataset.Dataset:
@@ -246,13 +358,13 @@ def recorded_engine(path: str | os.PathLike[str]) -> str | None:
         return None
 
 
-def _places(batches: list[Batch]) -> list[tuple[int, int]]:
-    """Batch and chunk of every part."""
-    return [(number, chunk) for number, batch in enumerate(batches) for chunk in range(len(batch.rows))]
+def _places(shares: list[Share]) -> list[tuple[int, int]]:
+    """Share and number of every part."""
+    return [(number, part) for number, share in enumerate(shares) for part in range(len(share.rows))]
 
 
-def _stem(batch: int, chunk: int) -> str:
-    return f"part-{batch:06}-{chunk:06}"
+def _stem(share: int, part: int) -> str:
+    return f"part-{share:06}-{part:06}"
 
 
 def _named(names: Sequence[str], most: int = 4) -> str:
@@ -260,14 +372,19 @@ def _named(names: Sequence[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _parts(path: Path, batches: list[Batch], argument: str) -> dict[tuple[int, int], Path]:
-    """The files of parts by batch and chunk; refuses what else readers of the data set would see."""
-    places, found, strangers = set(_places(batches)), {}, []
+def _parts(path: Path, shares: list[Share] | None, argument: str) -> dict[tuple[int, int], list[Path]]:
+    """The files of parts by share and number; refuses what else readers of the data set would see.
+
+    One place has several where two processes wrote it on a file system whose locks hold on one machine only, and what
+    they computed differs in its last bits.
+    """
+    found: dict[tuple[int, int], list[Path]] = {}
+    strangers = []
     for name in sorted(os.listdir(path)):
         match = _PART.fullmatch(name)
         place = (int(match[1]), int(match[2])) if match else None
-        if place in places and place not in found:
-            found[place] = path / name
+        if place and shares is not None and place[0] < len(shares) and place[1] < len(shares[place[0]].rows):
+            found.setdefault(place, []).append(path / name)
         elif not name.startswith((".", "_")):
             strangers.append(name)
     if strangers:
@@ -278,10 +395,22 @@ def _parts(path: Path, batches: list[Batch], argument: str) -> dict[tuple[int, i
     return found
 
 
-def _survey(path: Path, batches: list[Batch], run: str, argument: str) -> RunState:
-    state = RunState(path, batches, {}, {})
-    for place, part in _parts(path, batches, argument).items():
-        (state.whole if _is_whole(part, place, run, argument) else state.damaged)[place] = part
+def _survey(
+    path: Path, shares: list[Share], there: dict[tuple[int, int], list[Path]], run: str, argument: str
+) -> RunState:
+    state = RunState(path, shares, {}, {})
+    for place, files in there.items():
+        # All readers of a place keep the same one of two.
+        for part in files:
+            if place in state.whole:
+                state.doubled.append(part)
+            elif _is_whole(part, place, run, argument):
+                state.whole[place] = part
+                state.doubled.extend(filter(None, [state.damaged.pop(place, None)]))
+            elif place in state.damaged:
+                state.doubled.append(part)
+            else:
+                state.damaged[place] = part
     return state
 
 
@@ -291,11 +420,14 @@ def _is_whole(part: Path, place: tuple[int, int], run: str, argument: str) -> bo
     import pyarrow.parquet as pq
 
     with open(part, "rb") as file:
-        if not part.stem.endswith(_checksum(iter(lambda: file.read(2**20), b""))):
+        content = hashlib.sha256()
+        for block in iter(lambda: file.read(2**20), b""):
+            content.update(block)
+        if not part.stem.endswith(_checksum(content)):
             return False
     try:
         made = json.loads(pq.read_metadata(part).metadata[METADATA])
-        of, there = made["run"], (made["batch"], made["chunk"])
+        of, there = made["run"], (made["share"], made["part"])
     except (pa.ArrowException, ValueError, KeyError, TypeError):
         return False
     if of != run:
@@ -303,23 +435,20 @@ def _is_whole(part: Path, place: tuple[int, int], run: str, argument: str) -> bo
     return there == place
 
 
-def _checksum(blocks: Iterator[bytes] | list[memoryview]) -> str:
+def _checksum(content: Any) -> str:
     """The first 64 bits of the SHA-256, which processors have instructions for."""
-    digest = hashlib.sha256()
-    for block in blocks:
-        digest.update(block)
-    return digest.hexdigest()[:16]
+    return content.hexdigest()[:16]
 
 
 def _write_manifest(
-    path: Path, identity: dict[str, Any], names: dict[str, str], made_with: dict[str, Any], batches: list[Batch]
+    path: Path, identity: dict[str, Any], names: dict[str, str], made_with: dict[str, Any], shares: list[Share]
 ) -> None:
     body = {
         "format": _FORMAT,
         "names": names,
         "identity": identity,
         "made_with": made_with,
-        "batches": [asdict(batch) for batch in batches],
+        "shares": [asdict(share) for share in shares],
     }
     try:
         with atomic_write(path / MANIFEST) as aside:
@@ -329,7 +458,7 @@ def _write_manifest(
 
 
 def _read_manifest(path: Path, argument: str) -> dict[str, Any]:
-    """The manifest of the run in ``path``, its batches as :class:`Batch`.
+    """The manifest of the run in ``path``, its shares as :class:`Share`.
 
     Raises:
         ValueError: it is damaged, or of another format.
@@ -341,14 +470,14 @@ def _read_manifest(path: Path, argument: str) -> dict[str, Any]:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
             body = {key: value for key, value in manifest.items() if key != "run"}
             if manifest["run"] == digest(body) and body["format"] == _FORMAT:
-                return manifest | {"batches": _sound_batches(manifest)}
+                return manifest | {"shares": _sound_shares(manifest)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError):
         pass
     form = manifest.get("format") if isinstance(manifest, dict) else None
     if isinstance(form, str) and _ANY_FORMAT.fullmatch(form) and form != _FORMAT:
         raise ValueError(
-            f"{argument}: {path / MANIFEST} has the format {form!r}, this version writes {_FORMAT!r}, whose parts have "
-            f"checksums, and cannot resume it; its parts can still be read. Name another folder"
+            f"{argument}: {path / MANIFEST} has the format {form!r}, this version writes {_FORMAT!r} and "
+            f"cannot resume it; its parts can still be read. Name another folder"
         )
     raise ValueError(
         f"{argument}: {path / MANIFEST} is damaged, so that the run cannot be resumed; its parts can still be read. "
@@ -356,23 +485,29 @@ def _read_manifest(path: Path, argument: str) -> dict[str, Any]:
     )
 
 
-def _sound_batches(manifest: dict[str, Any]) -> list[Batch]:
-    """The manifest's batches, if it has the types and numbers of one.
+def _sound_shares(manifest: dict[str, Any]) -> list[Share]:
+    """The manifest's shares, if it has the types and numbers of one.
 
     Raises:
         ValueError, TypeError, KeyError: it does not.
     """
-    batches = [Batch(**entry) for entry in manifest["batches"]]
+    shares = [
+        Share(**{**entry, "batches": [Batch(**batch) for batch in entry["batches"]]}) for entry in manifest["shares"]
+    ]
+    batches = [batch for share in shares for batch in share.batches]
     documents = [number for batch in batches for number in batch.documents]
-    numbers = [*documents, *(n for batch in batches for n in (*batch.boundaries, *batch.rows))]
+    increasing = [*(batch.boundaries for batch in batches), *(share.ends for share in shares)]
+    numbers = [*documents, *(n for ends in increasing for n in ends), *(n for share in shares for n in share.rows)]
     if not (
         batches
         and all(isinstance(manifest[key], dict) for key in ("names", "identity", "made_with"))
         and all(isinstance(name, str) for name in manifest["names"].values())
         and all(type(number) is int and number >= 0 for number in numbers)
         and sorted(documents) == [*range(len(documents))]
-        and all(batch.documents and len(batch.rows) == len(batch.boundaries) > 0 for batch in batches)
-        and all(start < end for batch in batches for start, end in pairwise([0, *batch.boundaries]))
+        and all(batch.documents and batch.boundaries for batch in batches)
+        and all(start < end for ends in increasing for start, end in pairwise([0, *ends]))
+        and all(len(share.rows) == len(share.ends) > 0 for share in shares)
+        and all(share.ends[-1] == sum(len(batch.boundaries) for batch in share.batches) for share in shares)
     ):
         raise ValueError("no manifest")
-    return batches
+    return shares

@@ -2,7 +2,8 @@
 
 The way through this folder: ``interface`` says what is asked, ``decoding`` is the loop over chunks that every engine
 runs in, ``state`` what a pass over the vocabulary finds out of a row, ``statistics`` what is made of it. ``eager``,
-``native`` and ``triton`` bring the passes; they differ in where they run and how fast.
+``native`` and ``triton`` bring the passes; they differ in where they run and how fast. ``sharded`` runs one of them on
+each rank's part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,16 +31,20 @@ def engines() -> dict[str, str]:
     }
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> Engine:
+def choose(name: str, device: torch.device, dtype: torch.dtype, of_a_part: bool = False) -> Engine:
     """The engine called ``name``, or for "auto" the fastest that works on ``device`` for a head of ``dtype``.
 
+    With ``of_a_part`` one that can walk a part of the vocabulary, whose state others go on with (``sharded``).
+
     Raises:
-        ValueError: no such engine, or it does not work there.
+        ValueError: no such engine, or it does not work there, or not so.
     """
+    if of_a_part and name == "triton":
+        raise ValueError("engine: 'triton' reads the whole vocabulary; use 'native', 'eager' or split='rows'")
     if name == "auto":
         # Triton's interpreter makes its engine work on a CPU: for its own tests, too slow for anything else.
         works = [engine for engine in ENGINES.values() if engine.unavailable(device, dtype) is None]
-        return next(engine for engine in works if engine.name != "triton" or device.type == "cuda")
+        return next(engine for engine in works if engine.name != "triton" or (device.type == "cuda" and not of_a_part))
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, wanted 'auto' or one of {', '.join(map(repr, ENGINES))}")
     reason = ENGINES[name].unavailable(device, dtype)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ class Reference:
     x: Tensor  #: [positions, d_model] in the head's dtype, what the head receives
     state: State  #: [positions]
     u: Tensor | None  #: fp32 [positions, d_model], W^T softmax(z), the head's scale included
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it ``device`` is PyTorch's current GPU, on which kernels are started."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Engine(abc.ABC):
@@ -113,14 +120,17 @@ class Engine(abc.ABC):
 
             KL = (lse - lse_T) - (x - x_T).u
         """
-        assert reference.u is not None
         assert state.log_s is not None
-        at_once = reference.x.shape[0]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        along = (x.to(wide).unflatten(0, (-1, at_once)) - reference.x.to(wide)).mul_(reference.u).sum(-1)
+        along, at_once = self.along(x, reference), reference.x.shape[0]
         m, log_s = (part.unflatten(0, (-1, at_once)) for part in (state.m, state.log_s))
         # The maxima are subtracted first, because near 1,000 an fp32 lse is only good to 6e-5.
         return ((m - reference.state.m) - along + (log_s - reference.state.log_s)).flatten().float()
+
+    def along(self, x: Tensor, reference: Reference) -> Tensor:
+        """(x - x_T).u of rows x, ``[layers, positions]``."""
+        assert reference.u is not None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return (x.to(wide).unflatten(0, (-1, reference.x.shape[0])) - reference.x.to(wide)).mul_(reference.u).sum(-1)
 
     @torch.no_grad()
     def decode(self, hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> dict[str, Tensor]:

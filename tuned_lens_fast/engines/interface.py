@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,26 @@ class Head:
             z = z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
 
+    def without_numbers(self, vocab: int) -> Head:
+        """One of that many tokens, of the same dtype and on the same device, which takes no memory."""
+        weight = self.weight.new_empty(()).expand(vocab, self.weight.shape[1])
+        return replace(self, weight=weight, bias=None if self.bias is None else weight[:, 0])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of the vocabulary."""
+
+    head: Head  #: of its own tokens; there may be none
+    first: int  #: the id of the first of them
+    vocab: int  #: tokens of all ranks
+    largest: int  #: tokens of the rank that has most
+
+    @property
+    def whole(self) -> Head:
+        """A head of the whole vocabulary's shape, dtype and device, without its numbers."""
+        return self.head.without_numbers(self.vocab)
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -101,9 +121,9 @@ class Readout:
     head: Head
 
     @classmethod
-    def of(cls, lens: AffineLens, layers: Iterable[int]) -> Readout:
-        """That of the lens's ``layers``."""
-        return cls(tuple(map(lens.translator, layers)), lens.unembed.norm, lens.unembed.head)
+    def of(cls, lens: AffineLens, layers: Iterable[int], head: Head | None = None) -> Readout:
+        """That of the lens's ``layers``; ``head`` stands in for the lens's own."""
+        return cls(tuple(map(lens.translator, layers)), lens.unembed.norm, head or lens.unembed.head)
 
     @classmethod
     def of_output(cls, head: Head) -> Readout:
@@ -158,6 +178,11 @@ class Query:
             targets=None if self.targets is None else self.targets[positions],
             reference=None if self.reference is None else self.reference[positions],
         )
+
+    def on(self, device: torch.device) -> Query:
+        """The same question, its tensors on ``device``."""
+        tensors: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)

@@ -112,11 +112,15 @@ class Matmul:
         Another way of summing the same product may rank a token behind its equals. x has rows layers x positions,
         targets int64 ``[positions]``, no more than ``width`` of them, a tile's tokens; fp32 ``[rows]``.
         """
-        at_once, ids = targets.shape[0], targets.clamp(min=0)
-        if self.shape_dependent:  # any tokens will do for the rest, whose columns are dropped
-            ids = torch.nn.functional.pad(ids, (0, width - at_once))
-        z = self.logits(x, self.head.weight[ids], ids)[:, :at_once].unflatten(0, (-1, at_once))
+        z = self.logits_of(x, targets.clamp(min=0), width).unflatten(0, (-1, targets.shape[0]))
         return z.diagonal(dim1=1, dim2=2).flatten()
+
+    def logits_of(self, x: Packed, ids: Tensor, width: int) -> Tensor:
+        """fp32 logits ``[rows, ids]`` of at most ``width`` tokens, a tile's, by a tile's own arithmetic."""
+        count = len(ids)
+        if self.shape_dependent:  # any tokens will do for the rest, whose columns are dropped
+            ids = torch.nn.functional.pad(ids, (0, width - count))
+        return self.logits(x, self.head.weight[ids], ids)[:, :count]
 
     def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
         """Add shares W to ``sums``, fp32 ``[rows, d_model]``; shares: fp32 ``[rows, tokens]``, of a tile.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.engines import operators
-from tuned_lens_fast.engines.decoding import WATCH_TILE, Engine, Reference
+from tuned_lens_fast.engines.decoding import WATCH_TILE, Engine, Reference, current
 from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, scratch_bytes
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Tiling, Translator
 from tuned_lens_fast.engines.state import State, Wanted
@@ -167,7 +167,8 @@ class TritonEngine(Engine):
         if head.weight.stride(1) != 1:
             raise ValueError("head.weight: its rows are not contiguous; the kernels read [vocab, d_model] row by row")
         served = query.top_k > 0 and top_k.serves(query.top_k, _slots(head, query))
-        out = super().decode(hidden, readout, query if served else replace(query, top_k=0), memory_budget)
+        with current(head.weight.device):
+            out = super().decode(hidden, readout, query if served else replace(query, top_k=0), memory_budget)
         unsure = out.pop("unsure", None)
         if not query.top_k or (served and (unsure is None or not unsure.any())):  # any() waits for the GPU, once
             return out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
@@ -35,7 +36,7 @@ def alias(module: _Module, *, own_buffers: bool = False) -> _Module:
     Args:
         own_buffers: gives it copies of the buffers too, for a short life: some models change theirs when they run.
     """
-    twins = {id(part): copy.copy(part) for part in module.modules()}
+    twins = {id(part): _twin(part) for part in module.modules()}
     memo: dict[int, Any] = dict(twins)
     for twin in twins.values():
         state = vars(twin)  # direct, since a module's own __setattr__ may do more
@@ -66,6 +67,22 @@ def frozen_alias(module: _Module) -> _Module:
     for twin in top.modules():
         vars(twin)["_parameters"] = {name: frozen.get(id(p), p) for name, p in twin._parameters.items()}
     return top
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) was called on ``module``."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A shallow copy; of a module of FSDP2 one of the class that it had before, without the pieces' hooks."""
+    if not is_fully_sharded(module):
+        return copy.copy(module)
+    # A copy of the class that FSDP2 made would call the constructor of the one before.
+    twin: nn.Module = object.__new__(type(module).__mro__[getattr(module, "_orig_cls_mro_index", 2)])
+    vars(twin).update(vars(module))
+    return twin
 
 
 def _held(value: Any) -> Iterator[Any]:

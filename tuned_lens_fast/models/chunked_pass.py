@@ -45,9 +45,15 @@ class ChunkedPass:
                 self._inputs.setdefault("position_ids", counted)
 
     @torch.no_grad()
-    def __call__(self, positions: slice) -> tuple[list[Tensor], Tensor]:
-        """What enters each of the layers at ``positions`` and what the head receives, ``[batch, positions, width]``."""
-        with recorded(self._model, self._layers, None if self._cached else positions) as recorder:
+    def __call__(self, positions: slice, kept: slice | None = None) -> tuple[list[Tensor], Tensor]:
+        """What enters each of the layers at ``positions`` and what the head receives, ``[batch, positions, width]``.
+
+        Of these, only ``kept`` are recorded if they are given; both count from the prompt's start.
+        """
+        recording = None if self._cached and kept is None else kept or positions
+        if self._cached and recording is not None:
+            recording = slice(recording.start - positions.start, recording.stop - positions.start)
+        with recorded(self._model, self._layers, recording) as recorder:
             self._run(positions)
             return recorder.take()
 
@@ -121,7 +127,7 @@ def cannot_continue(
         off = torch.cat(chunks, 1) - whole
     except Exception as error:  # whatever a model raises when it is asked for what it was not made for
         return f"{name} cannot continue from its cache ({type(error).__name__}: {error})"
-    real = slice(None) if mask is None else mask.bool()
+    real = slice(None) if mask is None else mask.to(off.device).bool()
     far = torch.linalg.vector_norm(off.float(), dim=-1) / torch.linalg.vector_norm(whole.float(), dim=-1)
     worst = far[real].max().item()
     if not worst <= torch.finfo(whole.dtype).eps ** 0.5:

@@ -35,7 +35,7 @@ def constant_factor(source: Tensor, target: Tensor) -> float | None:
     """
     if source.shape[-1:] != target.shape[-1:] or not target.numel():
         return None
-    wanted = target.reshape(-1, target.shape[-1])
+    wanted = target.reshape(-1, target.shape[-1]).to(source.device)
     rows = source.reshape(-1, source.shape[-1])[-len(wanted) :]
     if rows.shape != wanted.shape:
         return None
@@ -52,7 +52,7 @@ def constant_factor(source: Tensor, target: Tensor) -> float | None:
 
 def close(found: Tensor, wanted: Tensor) -> bool:
     """Whether they agree in every row ``[..., width]``, by its largest value: see :meth:`.TracedModel.verify`."""
-    found = found.reshape(wanted.shape)
+    found = found.reshape(wanted.shape).to(wanted.device)
     error = torch.where(found == wanted, 0, found.double() - wanted.double()).abs()  # also where both are -inf
     tolerance = max(1e-4, 8 * torch.finfo(wanted.dtype).eps, 8 * torch.finfo(found.dtype).eps)
     largest = wanted.double().nan_to_num(0.0, 0.0, 0.0).abs().amax(-1, keepdim=True)
@@ -61,4 +61,5 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, in units of the largest value that was wanted."""
+    found = found.to(wanted.device)
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())

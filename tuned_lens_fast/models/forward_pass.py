@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tuned_lens_fast.models.resident import execution_device
+
 #: Tokens that a model is tried on. More than one, so that positions and batch can be told apart in a shape.
 TRIAL_TOKENS = 4
 
@@ -34,9 +36,14 @@ def model_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor | None = 
 
 def trial_ids(model: Any, first: int = 3) -> Tensor:
     """A few token ids ``[positions]``, consecutive from ``first`` on, where the model's embedding is."""
-    embedding = model.get_input_embeddings().weight
-    device = "cpu" if embedding.is_meta else embedding.device
-    return torch.arange(first, first + TRIAL_TOKENS, device=device) % len(embedding)
+    vocab = len(model.get_input_embeddings().weight)
+    return torch.arange(first, first + TRIAL_TOKENS, device=input_device(model)) % vocab
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model's embedding takes token ids; the CPU for one without weights."""
+    device = execution_device(model.get_input_embeddings())
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextmanager

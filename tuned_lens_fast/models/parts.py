@@ -22,7 +22,7 @@ from tuned_lens_fast.inputs import Prompt, read_prompt
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.block_output import first_tensor, stream_of
 from tuned_lens_fast.models.comparison import close
-from tuned_lens_fast.models.forward_pass import model_inputs, name_of
+from tuned_lens_fast.models.forward_pass import input_device, model_inputs, name_of
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import unwrapped
 
@@ -175,7 +175,7 @@ def capture(
     if at not in _PLACES:
         raise ValueError(f"at: got {at!r}, wanted one of {', '.join(map(repr, _PLACES))}")
     model = unwrapped(model)
-    ids, mask = read_prompt(input_ids, attention_mask, tokenizer, model.get_input_embeddings().weight.device)
+    ids, mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
     if at == "head":
         with recorded(model, ()) as recorder:
             model(**model_inputs(model, ids, mask))
@@ -240,6 +240,7 @@ def _part(model: Any, block: nn.Module, number: int, seen: _Follower, output: An
             f"{where} adds {len(added)} times to the residual stream; wanted once what its attention returns and once "
             f"what its MLP does"
         )
+    entering = entering.to(attention.device)  # where the block before left it
     if not close(entering.double() + attention.double() + mlp.double(), output.double().view(entering.shape)) and (
         output.dtype in (torch.float32, torch.float64)
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from tuned_lens_fast.models.blocks import find_blocks, linear_head
 from tuned_lens_fast.models.comparison import close, constant_factor, random_like, relative_error
 from tuned_lens_fast.models.forward_pass import TRIAL_TOKENS, model_inputs, name_of, trial_ids, undisturbed
 from tuned_lens_fast.models.model_end import Chain, Tail
+from tuned_lens_fast.models.resident import Resident, fully_sharded, unsharded
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,27 @@ class TracedModel:
     """A model's end, as seen by running it.
 
     ``norm`` leads from the last block's output to the head, but for ``transform.factor``: a module of the model's own
-    where it is one; ``head`` is its linear layer; ``width`` is a hidden state's. With ``run_blocks=False`` blocks
-    return what they are given, at no cost.
+    where it is one; ``head`` is its linear layer, and ``plain_head`` gives it as one of plain tensors; ``width`` is a
+    hidden state's. With ``run_blocks=False``, and in FSDP2, blocks return what they are given, at no cost.
     """
 
     def __init__(self, model: Any, *, run_blocks: bool = True) -> None:
         self.model = model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self.head = linear_head(model)
-        self._run_blocks = run_blocks
         blocks = list(find_blocks(model)[1])
         self.num_blocks = len(blocks)
+        #: What is gathered of a model in FSDP2. Its blocks are gathered by hooks, which an alias has none of.
+        self.sharded = fully_sharded(model, blocks)
+        self._run_blocks = run_blocks = run_blocks and not self.sharded
         _check_loaded(model, blocks, run_blocks)
+        with undisturbed(model):
+            with unsharded(self.sharded):
+                self._trace(blocks)
+            self.plain_head = Resident(self.head, self.sharded, self._random.x.dtype)
+            self._check_head()
+
+    def _trace(self, blocks: Sequence[nn.Module]) -> None:
+        model = self.model
         self._twin = alias(model, own_buffers=True).eval()
         twins = dict(zip(model.modules(), self._twin.modules(), strict=True))
         self._originals = {twin: original for original, twin in twins.items()}
@@ -77,17 +88,14 @@ class TracedModel:
         self._head = twins[self.head]
         inside = {module for block in self._blocks for module in block.modules()}
         self._outside = [module for module in self._twin.modules() if module not in inside]
-        with undisturbed(model):
-            seen = self._first_pass()
-            stream = stream_of(seen.outputs[-1])
-            self.layout = Layout.of(stream, TRIAL_TOKENS)
-            self.width = self.layout.flat(stream).shape[-1]
-            # All that follows is read off this pass: in a real one, rows of one size hide what a norm does to it.
-            self._random = self._random_pass(seen.outputs)
-            self._check_head()
-            self.norm, factor = self._before_head(blocks)
-            self.transform = self._after_head(factor)
-        self._check_on_device("final norm", self.norm)
+        seen = self._first_pass()
+        stream = stream_of(seen.outputs[-1])
+        self.layout = Layout.of(stream, TRIAL_TOKENS)
+        self.width = self.layout.flat(stream).shape[-1]
+        # All that follows is read off this pass: in a real one, rows of one size hide what a norm does to it.
+        self._random = self._random_pass(seen.outputs)
+        self.norm, factor = self._before_head(blocks)
+        self.transform = self._after_head(factor)
 
     def verify(self, unembed: Callable[[Tensor], Tensor], head_input: Callable[[Tensor], Tensor]) -> None:
         """Compares a description with the model, at random hidden states in place of the last block's output.
@@ -102,7 +110,8 @@ class TracedModel:
         """
         with undisturbed(self.model):
             own = self._random
-            rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :]
+            device = cast(nn.Linear, self.plain_head()).weight.device  # the last block may be on another
+            rows = self.layout.flat(stream_of(own.outputs[-1]))[0, -own.x.shape[-2] :].to(device)
             ours, x = unembed(rows), head_input(rows)
             wanted = own.logits.reshape(-1, own.logits.shape[-1])
             if ours.shape != wanted.shape:
@@ -112,7 +121,7 @@ class TracedModel:
                 )
             if close(ours, wanted):
                 return
-            own_x = own.x.reshape(-1, own.x.shape[-1])
+            own_x = own.x.reshape(-1, own.x.shape[-1]).to(device)
             if not close(x, own_x):
                 ratio = float((x.double() * own_x.double()).sum() / own_x.double().square().sum())
                 proportional = close(x.double() / ratio, own_x) if ratio else False
@@ -173,20 +182,11 @@ class TracedModel:
 
     def _check_head(self) -> None:
         """Refuse a head that does more than its weight and bias say."""
-        self._check_on_device("head", self.head)
-        x, z = self._random.x, self._random.z
-        weight, bias = self.head.weight, self.head.bias
-        if weight.is_floating_point() and not close(F.linear(x.to(weight.dtype), weight, bias), z):
+        x, z, head = self._random.x, self._random.z, cast(nn.Linear, self.plain_head())
+        if not close(F.linear(x.to(head.weight), head.weight, head.bias), z):
             raise NotImplementedError(
                 f"model: the head of {name_of(self.model)}, a {type(self.head).__name__}, gives other logits than its "
                 f"weight and bias"
-            )
-
-    def _check_on_device(self, name: str, module: nn.Module) -> None:
-        if any(p.is_meta for p in module.parameters()):
-            raise NotImplementedError(
-                f"model: the {name} of {name_of(self.model)} is offloaded, and a lens reads it all the time; keep it "
-                f"on a device in device_map"
             )
 
     def _before_head(self, blocks: Sequence[nn.Module]) -> tuple[nn.Module, float]:
@@ -298,7 +298,7 @@ class TracedModel:
         probe = torch.linspace(1, 2, returned.numel(), dtype=torch.float64, device=returned.device).view(returned.shape)
         forwards = {last: lambda *_, **__: probe.clone(), self._head: lambda _: self._random.z}
         x = self._replay(self._random.outputs, forwards).x.double()
-        return float(x.reshape(-1)[-1] / probe.reshape(-1)[-1])
+        return float(x.reshape(-1)[-1]) / float(probe.reshape(-1)[-1])
 
     def _after_head(self, factor: float) -> LogitTransform:
         """Scale, softcap and cut, from what becomes of chosen values in the place of what the head returns."""
@@ -345,5 +345,3 @@ def _check_loaded(model: nn.Module, blocks: Sequence[nn.Module], run_blocks: boo
             continue
         if parameter.is_meta and not offloaded:
             raise ValueError(f"model: {name} is not loaded (meta device); load the weights before building a lens")
-        if type(parameter.data).__name__ == "DTensor":
-            raise NotImplementedError(f"model: {name} is spread over several devices; load the model on one")

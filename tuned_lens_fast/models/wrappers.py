@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tuned_lens_fast.models.alias import alias
 from tuned_lens_fast.models.comparison import close, random_like, relative_error
 from tuned_lens_fast.models.forward_pass import TRIAL_TOKENS
+from tuned_lens_fast.models.resident import check_split
 
 
 def unwrapped(model: Any) -> Any:
@@ -22,7 +23,9 @@ def unwrapped(model: Any) -> Any:
 
     Raises:
         ValueError: nnsight has not loaded the model yet.
+        NotImplementedError: see :func:`~tuned_lens_fast.models.resident.check_split`.
     """
+    check_split(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "_module", None), nn.Module):

@@ -34,7 +34,7 @@ from tuned_lens_fast.loss import loss
 from tuned_lens_fast.messages import quoted, ranges
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import cache_of, cannot_continue
-from tuned_lens_fast.models.forward_pass import model_inputs
+from tuned_lens_fast.models.forward_pass import input_device, model_inputs
 from tuned_lens_fast.models.residual_stream import recorded
 from tuned_lens_fast.models.wrappers import name_or_path, unwrapped
 from tuned_lens_fast.nn.unembed import Unembed, check_hidden
@@ -125,7 +125,7 @@ class Lens(abc.ABC, nn.Module):
             IndexError: no such layer.
         """
         model = unwrapped(model)
-        prompt, mask = read_prompt(input_ids, None, tokenizer, model.get_input_embeddings().weight.device)
+        prompt, mask = read_prompt(input_ids, None, tokenizer, input_device(model))
         if mask is not None and not mask.all():
             raise ValueError("input_ids: got prompts of several lengths, wanted one length without padding")
         if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
@@ -141,6 +141,7 @@ class Lens(abc.ABC, nn.Module):
         _check_layer("layer", layer, layers)
 
         tokens = prompt.reshape(-1, prompt.shape[-1])
+        device = self.unembed.unembedding.weight.device
         start = tokens.shape[1]
         cached = max_new_tokens > 1 and cannot_continue(model, tokens, None, (start, start + 1)) is None
         with recorded(model, [layer], slice(-1, None)) as recorder:
@@ -155,7 +156,7 @@ class Lens(abc.ABC, nn.Module):
                 output = model(**inputs | ({**cache, "use_cache": True} if cached else {}))
                 cache = cache_of(model, output) if cached else {}
                 (h,), _ = recorder.take()
-                logits = self.forward(h[:, -1], layer).float()
+                logits = self.forward(h[:, -1].to(device), layer).float()
                 if do_sample and temp > 0:
                     new = torch.multinomial((logits / temp).softmax(-1), 1)
                 else:
@@ -175,6 +176,11 @@ class LogitLens(Lens):
     def from_model(cls, model: Any, *, verify: bool = True) -> LogitLens:
         """The logit lens of a causal LM; see :class:`Unembed` for which, for ``verify`` and for errors."""
         return cls(Unembed(model, verify=verify))
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> LogitLens:
+        """The logit lens of a checkpoint, whose norm and head alone are read; see :meth:`Unembed.from_checkpoint`."""
+        return cls(Unembed.from_checkpoint(folder, trust_remote_code=trust_remote_code))
 
     def transform_hidden(self, h: Tensor, idx: int) -> Tensor:
         """``h`` itself."""

@@ -1,8 +1,9 @@
 """The end of a model as a lens needs it: final norm, head, and what the model does to its logits.
 
-On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy: an
-:class:`Unembed` reads the model's own tensors, and describes them plainly
-(:class:`~tuned_lens_fast.engines.interface.Norm`, :class:`~tuned_lens_fast.engines.interface.Head`) for the engines.
+On the way from hidden state to statistics this stands behind the translator. Nothing here is a copy where the model's
+tensors are plain: an :class:`Unembed` reads these, or what :mod:`tuned_lens_fast.models.resident` makes of those that
+are split, offloaded or quantised, and describes them plainly (:class:`~tuned_lens_fast.engines.interface.Norm`,
+:class:`~tuned_lens_fast.engines.interface.Head`) for the engines.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -22,8 +24,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from tuned_lens_fast import model_surgery
-from tuned_lens_fast.engines.interface import Head, Norm
+from tuned_lens_fast.engines.interface import Head, Norm, Shard
 from tuned_lens_fast.models.alias import frozen_alias
+from tuned_lens_fast.models.checkpoint_end import load_end
+from tuned_lens_fast.models.forward_pass import name_of
+from tuned_lens_fast.models.resident import Resident, devices_of, execution_device, is_spread, plain
 from tuned_lens_fast.models.tracing import LogitTransform, TracedModel
 from tuned_lens_fast.models.wrappers import check_hooked, is_hooked_transformer, unwrapped
 
@@ -48,6 +53,10 @@ class Unembed(nn.Module):
     they are not read. A deep copy reads the same model; a pickle holds the norm and head, so that it works
     alone.
 
+    Of a model that is split (tensor parallelism, FSDP2), offloaded, or quantised at its head, norm and head are whole
+    copies, made anew once an optimiser has changed the model's: every rank has to use this alike. A norm that is on
+    another device than the head joins it.
+
     ``unembed.to(device)`` with another device than the model's keeps a copy there, since no storage can be on
     two devices; move the model instead where that matters. Casts do not reach the norm and head.
     """
@@ -60,28 +69,52 @@ class Unembed(nn.Module):
         hidden states are compared with its own.
 
         Args:
-            model: with its weights loaded; only its blocks may be offloaded or quantised.
+            model: with its weights loaded, wherever they are: on several devices, offloaded by accelerate, split by
+                tensor parallelism or FSDP2. A quantised head is read as the matrix that it multiplies by.
             verify: False to leave out that comparison, and not to run the model's blocks.
 
         Raises:
             ValueError: ``model`` has no linear head, or its weights are not loaded (meta device).
-            TypeError: the head's weight is quantised.
             NotImplementedError: no lens can read the model, and why; or its logits are not those of this Unembed,
-                and what differs; or its norm and head are on two devices.
+                and what differs; or it is in FSDP1 or a stage of a pipeline.
         """
         super().__init__()
         model = unwrapped(model)
         if is_hooked_transformer(model):
             norm, transform = model_surgery.get_final_norm(model), model_surgery.get_logit_transform(model)
-            self._describe(norm, model.unembed, model.cfg.d_model, transform, model.cfg.n_layers)
+            self._describe(Resident(norm), Resident(model.unembed), model.cfg.d_model, transform, model.cfg.n_layers)
             if verify:
                 check_hooked(model, self)
             return
-        _check_head(model_surgery.get_unembedding_matrix(model))
-        traced = TracedModel(model, run_blocks=verify)
-        self._describe(traced.norm, traced.head, traced.width, traced.transform, traced.num_blocks)
-        if verify:
-            traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+        self._describe_traced(TracedModel(model, run_blocks=verify), verify)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Unembed:
+        """The end of a model out of its checkpoint: norm and head are read, on the CPU, and no block is.
+
+        All but the blocks is run on a few tokens, and the logits for random hidden states compared, as for a model.
+
+        Args:
+            folder: a checkpoint of transformers in safetensors, of a causal LM.
+            trust_remote_code: run the code that the checkpoint brings; see transformers.
+
+        Raises:
+            FileNotFoundError: no such folder, or no safetensors in it.
+            ValueError: the folder is no checkpoint of a causal LM, is damaged, or lacks a weight of the end.
+            NotImplementedError: as for a model.
+        """
+        unembed = cls.__new__(cls)
+        nn.Module.__init__(unembed)
+        model = load_end(folder, trust_remote_code)
+        try:
+            unembed._describe_traced(TracedModel(model, run_blocks=False), verify=True)
+        except NotImplementedError:
+            raise
+        except RuntimeError as error:  # of tensors that are not loaded
+            raise NotImplementedError(
+                f"folder: the end of {name_of(model)} does not run without its blocks ({error}); load all of the model"
+            ) from error
+        return unembed
 
     @classmethod
     def from_modules(
@@ -103,10 +136,10 @@ class Unembed(nn.Module):
             softcap: c in ``c * tanh(z / c)``; None for none.
 
         Raises:
-            TypeError: a module or number of another type, or a quantised head.
+            TypeError: a module or number of another type.
             ValueError: the norm does not take or give d_model, a number is not finite, or ``softcap`` or
                 ``scale`` or ``factor`` is 0.
-            NotImplementedError: the two are on two devices.
+            NotImplementedError: a quantised head that does more than to multiply.
         """
         if not isinstance(unembedding, nn.Linear):
             raise TypeError(f"unembedding: got a {type(unembedding).__name__}, wanted an nn.Linear")
@@ -127,32 +160,40 @@ class Unembed(nn.Module):
         for name, module in (("final_norm", norm), ("unembedding", unembedding)):
             if any(p.is_meta for p in module.parameters()):
                 raise ValueError(f"{name}: its weights are not loaded (meta device)")
-        unembed._describe(norm, unembedding, width, LogitTransform(factor, scale, softcap), None)
+        unembed._describe(Resident(norm), Resident(unembedding), width, LogitTransform(factor, scale, softcap), None)
         try:
             with torch.no_grad():
-                shape = [*unembed.norm(torch.zeros(2, width, device=unembedding.weight.device)).shape]
+                shape = [*unembed.norm(torch.zeros(2, width, device=unembed.head.weight.device)).shape]
         except Exception as error:
             raise ValueError(f"final_norm: it does not take hidden states [2, {width}]: {error}") from error
         if shape != [2, width]:
             raise ValueError(f"final_norm: it gives {shape} for hidden states [2, {width}], wanted the same shape")
         return unembed
 
+    def _describe_traced(self, traced: TracedModel, verify: bool) -> None:
+        end = Resident(traced.norm, traced.sharded), traced.plain_head
+        self._describe(*end, traced.width, traced.transform, traced.num_blocks, devices_of(traced.model))
+        if verify:
+            traced.verify(self, lambda h: self.norm(h.to(torch.promote_types(h.dtype, torch.float32))))
+
     def _describe(
-        self, norm: nn.Module, head: nn.Module, width: int, transform: LogitTransform, layers: int | None
+        self,
+        norm: Resident,
+        head: Resident,
+        width: int,
+        transform: LogitTransform,
+        layers: int | None,
+        devices: Sequence[torch.device] = (),
     ) -> None:
-        place, places = model_surgery.as_linear(head).weight.device, {str(p.device) for p in norm.parameters()}
-        if places and str(place) not in places:
-            raise NotImplementedError(
-                f"model: its final norm is on {', '.join(sorted(places))} and its head on {place}, and a lens reads "
-                f"both at once; keep them on one device in device_map"
-            )
         self._moved: tuple[nn.Module, nn.Linear] | None = None
-        # A tuple of modules is not registered as submodules.
-        self._model_end: tuple[nn.Module, nn.Module] = (norm, head)
+        # A tuple of other things than modules is not registered as submodules.
+        self._model_end: tuple[Resident, Resident] = (norm, head)
         self._transform = transform
         #: Width of a hidden state: d_model, or all streams of a model with several.
         self.hidden_size: int = width
-        self._formula = _recognise(norm, width)
+        self._formula = _recognise(self._end()[0], width)
+        #: Where the model computes, as far as that is known: states of any of these devices can be read.
+        self.devices = [*devices]
         #: Blocks of the model, where they are known.
         self.num_hidden_layers: int | None = layers
 
@@ -169,7 +210,7 @@ class Unembed(nn.Module):
     @property
     def norm(self) -> Norm:
         """The final norm and factor as the engines take them; its tensors alias the model's."""
-        module, factor = self._end()[0], self._transform.factor
+        module, factor = self._own_norm(), self._transform.factor
         if isinstance(module, nn.Identity):
             return Norm(kind="identity", factor=factor)
         if self._formula is None:
@@ -189,7 +230,7 @@ class Unembed(nn.Module):
         """The head, scale and softcap as the engines take them; its tensors alias the model's.
 
         Raises:
-            TypeError: the head's weight is quantised to integers.
+            TypeError: the model was split or quantised after this was made of it.
         """
         linear = self._end()[1]
         _check_head(linear)
@@ -200,6 +241,33 @@ class Unembed(nn.Module):
             scale=self._transform.scale,
             softcap=self._transform.softcap,
         )
+
+    def shard(self, rank: int, ranks: int) -> Shard:
+        """What the rank holds of the head: of one that is split over as many ranks, the part that lies there already;
+        else its share of the rows.
+        """
+        linear: Any = self._model_end[1].module
+        if self._moved is None and isinstance(linear, nn.Linear) and is_spread(linear.weight):
+            weight: Any = linear.weight
+            if [placement.is_shard(0) for placement in weight.placements] == [
+                True
+            ] and weight.device_mesh.size() == ranks:
+                self._model_end[1].forget()
+                biases = None if linear.bias is None else plain(linear.bias)
+                return self._shard(weight.to_local().detach(), biases, weight.shape[0], rank, ranks)
+        head = self.head
+        largest = -(-head.vocab // ranks)
+        mine = slice(min(rank * largest, head.vocab), min((rank + 1) * largest, head.vocab))
+        return self._shard(head.weight[mine], head.bias, head.vocab, rank, ranks)
+
+    def _shard(self, weight: Tensor, biases: Tensor | None, rows: int, rank: int, ranks: int) -> Shard:
+        """Of a head of so many rows, cut as ``torch.chunk`` does, the rank's, less those that the model cuts off."""
+        vocab, largest = self._transform.vocab or rows, -(-rows // ranks)
+        first = min(rank * largest, vocab)
+        weight = weight[: max(0, vocab - first)]
+        bias = None if biases is None else biases[first : first + len(weight)]
+        head = Head(weight, bias, self._transform.scale, self._transform.softcap)
+        return Shard(head, first, vocab, min(largest, vocab))
 
     def forward(self, h: Tensor) -> Tensor:
         """Logits, as the model itself computes them from the output of its last block.
@@ -316,14 +384,26 @@ class Unembed(nn.Module):
             grad_norm = h.grad.norm()
         return InversionOutput(h.detach(), grad_norm, kl.detach(), loss.detach(), nfev)
 
+    def reads(self, head: nn.Module) -> bool:
+        """Whether this is the end of the model with that very ``head``."""
+        return self._moved is None and self._model_end[1].module is head
+
     def _end(self) -> tuple[nn.Module, nn.Linear]:
         """Norm and head on the lens's device: the model's, unless the lens was moved away from it."""
         norm, head = self._model_end
-        linear = model_surgery.as_linear(head)
+        linear = model_surgery.as_linear(head())
         if self._moved is not None and self._moved[1].weight.device != linear.weight.device:
             return self._moved
         self._moved = None
-        return norm, linear
+        return norm(linear.weight.device), linear
+
+    def _own_norm(self) -> nn.Module:
+        """The norm of :meth:`_end`, for which the head is not gathered."""
+        norm, head = self._model_end
+        device = execution_device(head.module)
+        if self._moved is not None and self._moved[1].weight.device != device:
+            return self._moved[0]
+        return norm(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Unembed:
         """Follows the lens to another device; see the class."""
@@ -366,11 +446,11 @@ def matrix_hash(weight: Tensor) -> str:
 
 
 def _check_head(linear: nn.Linear) -> None:
-    """Raises a TypeError for a head that engines could not take tiles of."""
+    """Raises a TypeError for a head that engines could not take tiles of, as one becomes that is split or quantised."""
     plain = type(linear.weight.data) in (Tensor, nn.Parameter)
     if not plain or not linear.weight.is_floating_point():
         kind = linear.weight.dtype if plain else f"a {type(linear.weight.data).__name__}"
-        raise TypeError(f"model: its head is {kind}; wanted a tensor of a floating dtype, leave it unquantised")
+        raise TypeError(f"model: its head has become {kind} since the lens was made; make the lens anew")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.models.chunked_pass import ChunkedPass
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.nn.lenses import Lens
 from tuned_lens_fast.plotting.lazy_array import LazyArray
 from tuned_lens_fast.plotting.token_formatter import TokenFormatter
@@ -176,7 +177,7 @@ class PredictionTrajectory:
         """
         model = check_model(model)
         ids = _array("input_ids", input_ids)
-        tensor = torch.from_numpy(ids).to(model.get_input_embeddings().weight.device)
+        tensor = torch.from_numpy(ids).to(input_device(model))
         check_input_ids(model, tensor, None)
         check_length(model, ids.shape[-1])
         blocks = len(get_transformer_layers(model)[1])

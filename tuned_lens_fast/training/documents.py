@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tuned_lens_fast.data import fingerprint
+from tuned_lens_fast.data.documents import read_documents
 from tuned_lens_fast.messages import quoted
 from tuned_lens_fast.streaming import check_length
-from tuned_lens_fast.validation import check_documents
 
 #: Positions of a sequence where the caller names none and the model has learned as many.
 LONGEST = 2048
@@ -48,7 +48,8 @@ def prepare(
     _check_length(model, length)
     if tokens_per_step < length:
         raise ValueError(f"tokens_per_step: got {tokens_per_step}, less than one sequence of {length}")
-    own = check_documents(model, documents)
+    own: Sequence[Tensor] = read_documents(model, documents)
+    others: Sequence[Tensor]
     share = None
     if isinstance(held_out, (int, float)):
         if not 0 < held_out < 1:
@@ -57,7 +58,7 @@ def prepare(
         own, others = split(own, share, seed)
     else:
         try:
-            others = check_documents(model, held_out)
+            others = read_documents(model, held_out)
         except (TypeError, ValueError, IndexError) as error:
             raise type(error)(f"held_out: {str(error).removeprefix('documents: ')}") from error
         own = without(own, others)
@@ -98,7 +99,7 @@ def sequences(model: Any, documents: Iterable[Tensor | Sequence[int]], length: i
     if length is None:
         length = usual_length(model)
     _check_length(model, length)
-    held = check_documents(model, documents)
+    held = read_documents(model, documents)
     found = join(held, length, special_token(model, "eos_token_id"), start_token(model, held))
     if not len(found):
         raise ValueError(f"documents: {sum(map(len, held)):,} tokens, fewer than one sequence of {length:,}")

@@ -22,14 +22,16 @@ from torch import Tensor
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.data.dataset import pack, positions_at_once
+from tuned_lens_fast.data.documents import read_documents
 from tuned_lens_fast.decode import decode
 from tuned_lens_fast.engines.interface import NO_TARGET, DecodableLens, Norm
 from tuned_lens_fast.inputs import padded
 from tuned_lens_fast.messages import json_text
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
+from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.stats import LensStats
 from tuned_lens_fast.streaming import Prepared, prepare
-from tuned_lens_fast.validation import check_documents, check_model
+from tuned_lens_fast.validation import check_model
 
 if TYPE_CHECKING:
     import pyarrow
@@ -123,8 +125,8 @@ def evaluate(
         transfer_tokens: measure how translators do on other layers, on so many positions of the first documents; 0
             for not at all. It reads each position once for every two layers.
         chunk: positions that run at once, of one document or of several; as many as the budget allows if None.
-        memory_budget: bytes of hidden states, statistics and scratch, the model's own activations apart; 256 MiB if
-            None.
+        memory_budget: bytes of hidden states, statistics and scratch, the model's own activations apart; if None
+            256 MiB, on a GPU a sixteenth of its memory.
 
     Warns:
         UserWarning: there is one document only, so no interval.
@@ -133,7 +135,7 @@ def evaluate(
         ValueError, IndexError, TypeError: as :func:`tuned_lens_fast.decode_model`; also no documents.
     """
     model = check_model(model)
-    held = check_documents(model, documents)
+    held = read_documents(model, documents)
     if not isinstance(transfer_tokens, int) or isinstance(transfer_tokens, bool) or transfer_tokens < 0:
         raise ValueError(f"transfer_tokens: got {transfer_tokens!r}, wanted a number of positions, or 0")
     if len(held) == 1:
@@ -284,7 +286,7 @@ class _Work:
         self.numbers = [*first.numbers]  #: the layers
 
     def _prepared(self, documents: Sequence[Tensor]) -> Prepared:
-        return prepare(self._model, self._lens, *padded(documents, self._model.device), **self._question)
+        return prepare(self._model, self._lens, *padded(documents, input_device(self._model)), **self._question)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], Prepared]]:
         for numbers in self._batches:

@@ -43,6 +43,7 @@ from tuned_lens_fast.training.optimizers import (
 from tuned_lens_fast.training.report import TrainingReport, draw, mean, thirds
 from tuned_lens_fast.training.states import Reader, States
 from tuned_lens_fast.training.translators import Translators
+from tuned_lens_fast.training.workers import Workers
 from tuned_lens_fast.validation import check_budget, check_layer_numbers, check_model, kind, layers_of
 
 _log = logging.getLogger(__name__)
@@ -103,6 +104,10 @@ def train(
     machine, versions, number of threads and memory budget; a run that goes on with others warns. In the end the folder
     holds the lens (``params.pt`` and ``config.json``, which tuned-lens reads too), ``report.json`` and a picture of it.
 
+    In a process group of ``torch.distributed``, as torchrun starts them, all processes make the same call with a whole
+    model each, and every step's sequences are shared out; the folder is one that all of them see. Parameters end up
+    alike on all, and as one process trains them but for the last bits. A run goes on with any number of processes.
+
     A lens that training goes on from must be given to the second call as it was to the first.
 
     A layer whose loss or gradient is not finite in a step does not take that step; others do, and the report has which.
@@ -157,93 +162,109 @@ def train(
         BlockingIOError: another process is writing to ``out``.
         OSError: ``out`` cannot be written. The last checkpoint stays; the same call goes on.
         ImportError: this PyTorch has no Muon.
+        RuntimeError: another process of the group failed, with its message, or cannot be reached.
     """
     model = check_model(model)
-    if not isinstance(lens, TunedLens):
-        raise TypeError(f"lens: got {kind(lens)}, wanted a TunedLens")
-    blocks = len(get_transformer_layers(model)[1])
-    check_lens(model, lens, blocks)
-    there = layers_of(lens, blocks)
-    numbers = there if layers is None else sorted(set(check_layer_numbers(lens, layers, blocks)))
-    if not numbers:
-        raise ValueError("layers: got none to train")
-    _check_choices(
-        loss=(loss, LOSSES), init=(init, INITS), optimizer=(optimizer, RECIPES), schedule=(schedule, SCHEDULES)
-    )
-    _check_counts(
-        steps=steps, tokens_per_step=tokens_per_step, init_tokens=init_tokens, eval_every=eval_every,
-        eval_tokens=eval_tokens, checkpoint_every=checkpoint_every,
-    )  # fmt: skip
-    _check_counts(0, seed=seed, warmup=warmup)
-    recipe = RECIPES[optimizer]
-    if optimizer == "muon":
-        check_muon()
-    warmup = min(recipe.warmup(steps), steps) if warmup is None else warmup
-    if warmup > steps:
-        raise ValueError(f"warmup: got {warmup} of {steps} steps")
-    learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
-    weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
-    _check_positive(learning_rate=learning_rate, weight_decay=weight_decay or None, clip=clip)
-    width = lens.config.d_model
-    if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
-        raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
-    if bias_only and (rank is not None or not lens.config.bias):
-        raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
-    choose(engine, lens.unembed.head.weight.device, lens.unembed.head.weight.dtype)
-    if memory_budget is not None:
-        check_budget(memory_budget)
+    workers = Workers(model)
+    with workers.checks():
+        if not isinstance(lens, TunedLens):
+            raise TypeError(f"lens: got {kind(lens)}, wanted a TunedLens")
+        blocks = len(get_transformer_layers(model)[1])
+        check_lens(model, lens, blocks)
+        there = layers_of(lens, blocks)
+        numbers = there if layers is None else sorted(set(check_layer_numbers(lens, layers, blocks)))
+        if not numbers:
+            raise ValueError("layers: got none to train")
+        _check_choices(
+            loss=(loss, LOSSES), init=(init, INITS), optimizer=(optimizer, RECIPES), schedule=(schedule, SCHEDULES)
+        )
+        _check_counts(
+            steps=steps, tokens_per_step=tokens_per_step, init_tokens=init_tokens, eval_every=eval_every,
+            eval_tokens=eval_tokens, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        _check_counts(0, seed=seed, warmup=warmup)
+        recipe = RECIPES[optimizer]
+        if optimizer == "muon":
+            check_muon()
+        warmup = min(recipe.warmup(steps), steps) if warmup is None else warmup
+        if warmup > steps:
+            raise ValueError(f"warmup: got {warmup} of {steps} steps")
+        learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
+        weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
+        _check_positive(learning_rate=learning_rate, weight_decay=weight_decay or None, clip=clip)
+        width = lens.config.d_model
+        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
+            raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
+        if bias_only and (rank is not None or not lens.config.bias):
+            raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
+        choose(engine, lens.unembed.head.weight.device, lens.unembed.head.weight.dtype)
+        if memory_budget is not None:
+            check_budget(memory_budget)
 
-    text = prepare(model, documents, held_out, separator, sequence_length, tokens_per_step, seed)
-    sequence_length = text.training.shape[1]
-    per_step = tokens_per_step // sequence_length
-    if eval_tokens is None:
-        eval_tokens = min(EVAL_TOKENS, tokens_per_step)
-    measured = text.held_out[: max(1, eval_tokens // text.held_out.shape[1])]
-    arguments: dict[str, Any] = {
-        "loss": loss, "steps": steps, "tokens_per_step": per_step * sequence_length, "sequence_length": sequence_length,
-        "separator": text.separator, "held_out": text.share, "layers": numbers, "init": init,
-        "init_tokens": init_tokens,
-        "rank": rank, "bias_only": bias_only, "optimizer": optimizer, "learning_rate": float(learning_rate),
-        "schedule": schedule, "warmup": warmup, "weight_decay": float(weight_decay), "clip": clip, "seed": seed,
-        "eval_tokens": measured.numel(),
-    }  # fmt: skip
-    # What the lens has does not matter where all of it is made anew.
-    keeps = init == "lens" or len(numbers) < len(there)
-    identity = {
-        "model": fingerprint.of_model(model),
-        "lens": fingerprint.of_lens(lens)
-        if keeps
-        else f"{width} wide, {'with' if lens.config.bias else 'without'} bias",
-        **text.hashes,
-        **arguments,
-    }
-    called = name_or_path(model) or type(model).__name__
-    versions = {
-        "tuned_lens_fast": version("tuned-lens-fast"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-    }
-    on = lens.unembed.head.weight.device
-    machine: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-    reader = Reader(model, lens, numbers, sequence_length, per_step, engine, memory_budget)
-    made_with = {**versions, **machine, "engine": engine, "memory_budget": reader.budget}
+        text = prepare(model, documents, held_out, separator, sequence_length, tokens_per_step, seed)
+        sequence_length = text.training.shape[1]
+        per_step = tokens_per_step // sequence_length
+        if eval_tokens is None:
+            eval_tokens = min(EVAL_TOKENS, tokens_per_step)
+        measured = text.held_out[: max(1, eval_tokens // text.held_out.shape[1])]
+        arguments: dict[str, Any] = {
+            "loss": loss, "steps": steps, "tokens_per_step": per_step * sequence_length,
+            "sequence_length": sequence_length, "separator": text.separator, "held_out": text.share,
+            "layers": numbers, "init": init, "init_tokens": init_tokens,
+            "rank": rank, "bias_only": bias_only, "optimizer": optimizer, "learning_rate": float(learning_rate),
+            "schedule": schedule, "warmup": warmup, "weight_decay": float(weight_decay), "clip": clip, "seed": seed,
+            "eval_tokens": measured.numel(),
+        }  # fmt: skip
+        # What the lens has does not matter where all of it is made anew.
+        keeps = init == "lens" or len(numbers) < len(there)
+        identity = {
+            "model": fingerprint.of_model(model),
+            "lens": fingerprint.of_lens(lens)
+            if keeps
+            else f"{width} wide, {'with' if lens.config.bias else 'without'} bias",
+            **text.hashes,
+            **arguments,
+        }
+        called = name_or_path(model) or type(model).__name__
+        versions = {
+            "tuned_lens_fast": version("tuned-lens-fast"),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        }
+        on = lens.unembed.head.weight.device
+        machine: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(on)
+            if on.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+        reader = Reader(model, lens, numbers, sequence_length, per_step, engine, memory_budget)
+        made_with = {
+            **versions,
+            **machine,
+            "engine": engine,
+            "memory_budget": reader.budget,
+            "processes": workers.count,
+        }
+    workers.agree(lambda: {"out": str(out), "resume": resume, **identity, **made_with})
 
     with ExitStack() as stack:
-        folder = None
+        folder, opened, finished = None, None, None
+        with workers.alone():
+            if out is not None and workers.leads:
+                folder = stack.enter_context(training_folder(out, identity, {"model": called}, made_with, resume))
+                opened, finished = (folder.path, folder.run, folder.begun_with), folder.report()
         if out is not None:
-            folder = stack.enter_context(training_folder(out, identity, {"model": called}, made_with, resume))
-            finished = folder.report()
+            opened, finished = workers.first((opened, finished))
+            folder = folder or TrainingFolder(*opened)
             if finished is not None:
                 _load_lens(lens, folder)
                 warnings.warn(f"out: {folder.path} holds this run, finished; it is not trained again", stacklevel=2)
                 return TrainingReport.from_json(finished)
         translators = Translators(lens, numbers, bias_only, rank, seed)
         stack.enter_context(translators.trainable(lens))
-        bar = TrainingBar(steps, disable=quiet)
+        bar = TrainingBar(steps, disable=quiet or not workers.leads)
         stack.enter_context(bar.shown())
         facts = {
             "model": called, "versions": versions, "machine": machine,
@@ -252,7 +273,7 @@ def train(
                 "step": per_step * sequence_length, "trained_on": steps * per_step * sequence_length,
             },
         }  # fmt: skip
-        run = _Run(lens, reader, translators, arguments, text.training, measured, engine, folder, bar, facts)
+        run = _Run(lens, reader, translators, arguments, text.training, measured, engine, folder, bar, facts, workers)
         state = None if folder is None else folder.load()
         if state is None:
             run.begin()
@@ -288,13 +309,14 @@ class _Run:
         folder: TrainingFolder | None,
         bar: TrainingBar,
         facts: dict[str, Any],
+        workers: Workers,
     ) -> None:
         """``facts``: what the report says of the run beside what happens in it."""
         self.lens, self.reader, self.translators, self.arguments = lens, reader, translators, arguments
         self.sequences, self.measured, self.engine = sequences, measured, engine
-        self.folder, self.bar, self.facts = folder, bar, facts
+        self.folder, self.bar, self.facts, self.workers = folder, bar, facts, workers
         self.optimizers = optimizers(
-            arguments["optimizer"], translators.all(), arguments["learning_rate"], arguments["weight_decay"]
+            arguments["optimizer"], translators.all(), arguments["learning_rate"], arguments["weight_decay"], workers
         )
         # PyTorch keeps the rate that a schedule starts from nowhere but in the schedule.
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -323,12 +345,15 @@ class _Run:
             chosen = ridge.start(
                 self.reader, self.lens, self.translators, taken,
                 bias_only=self.arguments["bias_only"], rank=self.arguments["rank"], engine=self.engine,
+                workers=self.workers,
             )  # fmt: skip
             self.init = [
                 {"layer": number, "strength": start.held_back, "kl": start.kl}
                 for number, start in zip(self.reader.numbers, chosen, strict=True)
             ]
         self.translators.factorise()
+        self.workers.same(parameter.detach() for parameter in self.translators.all())
+        self.translators.push()
         self._evaluate()
         self._save()
 
@@ -351,11 +376,12 @@ class _Run:
         if self.evaluations[-1]["step"] != steps:
             self._evaluate()
         report = self._report(finished=True)
-        if self.folder is not None:
-            with writing(self.folder.path / LENS[0]):
-                self.lens.save(self.folder.path)
-            self._draw(report)
-            self.folder.finish(report.to_json())
+        with self.workers.alone():
+            if self.folder is not None and self.workers.leads:
+                with writing(self.folder.path / LENS[0]):
+                    self.lens.save(self.folder.path)
+                self._draw(report)
+                self.folder.finish(report.to_json())
         return report
 
     def _gradients(self) -> Tensor:
@@ -363,12 +389,18 @@ class _Run:
         count = self.arguments["tokens_per_step"] // self.sequences.shape[1]
         taken = drawn(len(self.sequences), self.step * count, count, self.arguments["seed"])
         total = torch.zeros(len(self.reader.numbers), dtype=torch.float64, device=self.lens.unembed.head.weight.device)
-        for share, states in self.reader.read(self.sequences[taken]):
+        of_all, own = self.workers.own(self.sequences[taken])
+        for share, states in self.reader.read(own):
             # Sequences are of one length, so that each has as many positions that count.
+            of_rows, states = self.workers.own_rows(states)
+            weight = of_all * share * of_rows[self.arguments["loss"]]
+            if not weight:
+                continue
             with torch.enable_grad():
                 losses = self._loss(states)
-            (share * losses.sum()).backward()
-            total += share * losses.detach()
+            (weight * losses.sum()).backward()
+            total += weight * losses.detach()
+        self.workers.add_up([*self.translators.gradients(), total])
         self.translators.pull()
         return total
 
@@ -404,7 +436,7 @@ class _Run:
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
             for group, full in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = full * scale
-            optimizer.step()
+            self.workers.step(optimizer)
         for parameter in everything:
             parameter.grad = None
         self.translators.push()
@@ -427,8 +459,15 @@ class _Run:
     def _measure(self, lens: TunedLens | LogitLens) -> dict[str, Tensor]:
         """Held-out means, float64 ``[layers]``: "kl", and "ce" where that is trained."""
         with_ce = self.arguments["loss"] == "ce"
-        found: dict[str, Tensor] = {}
-        for share, states in self.reader.read(self.measured):
+        found = {
+            name: torch.zeros(
+                len(self.reader.numbers), dtype=torch.float64, device=self.lens.unembed.head.weight.device
+            )
+            for name in (("kl", "ce") if with_ce else ("kl",))
+        }
+        of_all, own = self.workers.own(self.measured)
+        for share, states in self.reader.read(own):
+            of_rows, states = self.workers.own_rows(states)
             stats = lens.decode(
                 states.hidden,
                 layers=self.reader.numbers,
@@ -443,7 +482,9 @@ class _Run:
             if stats.log_prob is not None:
                 values["ce"] = -stats.log_prob[:, states.targets >= 0].double().mean(1)
             for name, value in values.items():
-                found[name] = found.get(name, torch.zeros_like(value)) + share * value
+                if of_rows[name]:
+                    found[name] += of_all * share * of_rows[name] * value
+        self.workers.add_up(found.values())
         return {name: value.cpu() for name, value in found.items()}
 
     def _evaluate(self) -> None:
@@ -466,11 +507,17 @@ class _Run:
         """A checkpoint: all that changes. Nothing draws random numbers after the start, and data follow the step."""
         if self.folder is None:
             return
-        self.folder.save(
+        optimizers = [self.workers.state_of(optimizer) for optimizer in self.optimizers]
+        with self.workers.alone():
+            if self.workers.leads:
+                self._write(self.folder, optimizers)
+
+    def _write(self, folder: TrainingFolder, optimizers: list[dict[str, Any]]) -> None:
+        folder.save(
             {
                 "step": self.step,
                 "translators": self.translators.state(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "optimizers": optimizers,
                 "losses": torch.stack(self.losses) if self.losses else torch.empty(0),
                 "skipped": self.skipped,
                 "in_row": self.in_row,
@@ -481,7 +528,7 @@ class _Run:
                 "stepping": self.stepping,
             }
         )
-        self.folder.write_report(self._report(finished=False).to_json())
+        folder.write_report(self._report(finished=False).to_json())
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on behind a checkpoint."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from tuned_lens_fast.training.workers import Workers
+
 #: Where the caller names none.
 DEFAULT_OPTIMIZER = "adam"
 _MOMENTUM = 0.9
@@ -36,28 +38,28 @@ RECIPES = {
 
 
 def optimizers(
-    name: str, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float
+    name: str, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float, workers: Workers
 ) -> list[torch.optim.Optimizer]:
-    """The optimiser ``name`` of :data:`RECIPES`; "muon" is two.
+    """The optimiser ``name`` of :data:`RECIPES`, its state spread over the workers; "muon" is two.
 
     Raises:
         ImportError: this PyTorch has no Muon.
     """
     if name == "sgd":
         # PyTorch adds momentum up without 1 - momentum, which would make every step ten times as long.
-        rate = learning_rate * (1 - _MOMENTUM)
-        return [torch.optim.SGD(parameters, rate, momentum=_MOMENTUM, nesterov=True, weight_decay=weight_decay)]
+        options = {"lr": learning_rate * (1 - _MOMENTUM), "weight_decay": weight_decay}
+        return [workers.optimizer(torch.optim.SGD, parameters, momentum=_MOMENTUM, nesterov=True, **options)]
+    options = {"lr": learning_rate, "weight_decay": weight_decay}
     if name == "adam":
-        betas = (_MOMENTUM, 0.999)
-        return [torch.optim.Adam(parameters, learning_rate, betas, weight_decay=weight_decay, amsgrad=True)]
+        return [workers.optimizer(torch.optim.Adam, parameters, betas=(_MOMENTUM, 0.999), amsgrad=True, **options)]
     check_muon()
     matrices = [parameter for parameter in parameters if parameter.ndim == 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]
     found: list[torch.optim.Optimizer] = []
     if matrices:
-        found.append(torch.optim.Muon(matrices, learning_rate, weight_decay=weight_decay))
+        found.append(workers.optimizer(torch.optim.Muon, matrices, **options))
     if vectors:
-        found.append(torch.optim.Adam(vectors, learning_rate, weight_decay=weight_decay))
+        found.append(workers.optimizer(torch.optim.Adam, vectors, **options))
     return found
 
 

@@ -18,6 +18,7 @@ from tuned_lens_fast.engines.tiling import slices
 from tuned_lens_fast.nn import LogitLens, TunedLens
 from tuned_lens_fast.training.states import Reader
 from tuned_lens_fast.training.translators import Translators
+from tuned_lens_fast.training.workers import Workers
 
 #: What is added to the inputs' correlations, whose diagonal is 1.
 _GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -55,6 +56,10 @@ class Moments:
             if self._xx is not None and self._xy is not None:
                 self._xx += weighted.t() @ x
                 self._xy += weighted.t() @ y
+
+    def sums(self) -> list[Tensor]:
+        """All of them, as they are."""
+        return [s for s in (self._total, self._x, self._y, self._xx, self._xy) if s is not None]
 
     def solved(self, bias: bool) -> Solutions:
         """The regressions that these sums determine, with or without a bias. The sums are not kept."""
@@ -121,6 +126,7 @@ def start(
     bias_only: bool,
     rank: int | None,
     engine: str,
+    workers: Workers,
 ) -> list[Chosen]:
     """Give every layer of the reader its translator by regression on ``sequences`` ``[n, length]``.
 
@@ -133,11 +139,14 @@ def start(
     kept = min(max(1, 4 * _CHOOSING // length), max(1, len(sequences) // 4))
     # One sequence alone is fitted and chosen on.
     fitted = sequences[: max(1, len(sequences) - kept)]
-    for _, states in reader.read(fitted):
+    for _, states in reader.read(workers.own(fitted)[1]):
+        _, states = workers.own_rows(states)
         block = max(1, min(_BLOCK, reader.scratch // (8 * _COPIES * states.last.shape[1])))
         weights = torch.cat([row_weights(rows, norm.kind) for rows in states.last.split(block)])
         for layer, hidden in zip(moments, states.hidden, strict=True):
             layer.add(hidden, states.last, weights, block)
+    for layer in moments:
+        workers.add_up(layer.sums())
     some = slice(None, None, -(-kept * length // _CHOOSING))
     rows = [([h[some].clone() for h in s.hidden], s.reference[some].clone()) for _, s in reader.read(sequences[-kept:])]
     entering = [torch.cat(of_layer) for of_layer in zip(*(hidden for hidden, _ in rows), strict=True)]

@@ -16,7 +16,7 @@ from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.interface import BudgetError, Translator
 from tuned_lens_fast.engines.losses import question
 from tuned_lens_fast.engines.tiling import even, slices
-from tuned_lens_fast.models.forward_pass import model_inputs
+from tuned_lens_fast.models.forward_pass import input_device, model_inputs
 from tuned_lens_fast.models.residual_stream import last_output, recorded
 from tuned_lens_fast.nn import TunedLens
 from tuned_lens_fast.reading import readout_of
@@ -82,7 +82,7 @@ class Reader:
     def read(self, sequences: Tensor) -> Iterator[tuple[float, States]]:
         """The states of ``sequences`` ``[n, length]``, part by part, each with the share of all that it is."""
         for part in slices(len(sequences), self.at_once):
-            ids = sequences[part].to(self.model.device, torch.int64)
+            ids = sequences[part].to(input_device(self.model), torch.int64)
             yield len(ids) / len(sequences), self._states(ids)
 
     @torch.no_grad()

@@ -74,6 +74,17 @@ class Translators:
         """Those of all layers."""
         return [parameter for number in self._linear for parameter in self.parameters(number)]
 
+    def gradients(self) -> list[Tensor]:
+        """Those of the lens's own matrices and biases, before :meth:`pull`; zero where there was nothing to read."""
+        found = []
+        for linear in self._linear.values():
+            for parameter in linear.parameters():
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    found.append(parameter.grad)
+        return found
+
     @torch.no_grad()
     def pull(self) -> None:
         """Give the factors the gradients that follow from those of the lens's matrices."""
