@@ -97,32 +97,56 @@ def add_tile(
 def store_state(
     m,  # fp32 [BM, 8], as s, t and above
     s, t, above,
-    state,  # fp32 [parts, 4, R]
+    state,  # fp32 [...], the parts of all rows: see state_of
+    block,
     rows,  # int [BM]
     row_mask,  # bool [BM]
-    part, R,
-    ENTROPY: tl.constexpr, RANK: tl.constexpr,
+    part,
+    R, row_blocks, band, splits, last_splits,
+    BM: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """What a program knows of its rows in the end, as one part of ``state``."""
+    """What a program knows of its rows in the end, as one part of their state."""
     m_row = tl.max(m, 1)
     shift = m - m_row[:, None]
     decay = tl.exp2(shift)
-    at = state + part.to(tl.int64) * 4 * R + rows
+    full_rows = (row_blocks - 1) // band * band * BM
+    first, n_rows = state_of(block * BM >= full_rows, full_rows, R, splits * PARTS)
+    at = state + first + part.to(tl.int64) * 4 * n_rows + rows
     tl.store(at, m_row, mask=row_mask)
-    tl.store(at + R, tl.sum(s * decay, 1), mask=row_mask)
+    tl.store(at + n_rows, tl.sum(s * decay, 1), mask=row_mask)
     if ENTROPY:
-        tl.store(at + 2 * R, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
+        tl.store(at + 2 * n_rows, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
     if RANK:
-        tl.store(at + 3 * R, tl.sum(above, 1), mask=row_mask)
+        tl.store(at + 3 * n_rows, tl.sum(above, 1), mask=row_mask)
 
 
 @triton.jit
-def program_of(pid, row_blocks, splits, BAND: tl.constexpr):
-    """The block of rows and the slice of the vocabulary that are a program's.
+def state_of(in_last_band, full_rows, R, parts):
+    """Where the state of rows lies: that of the bands' rows as fp32 [parts, 4, full_rows], then that of the last
+    band's, which has as many parts as the last band has.
 
-    Programs that run together form a band of row blocks times a few slices, so that both operands stay in L2.
+    Of row r the first number is at the first result + r; the second is the distance from one number to the next.
     """
-    band = pid // (BAND * splits)
-    band_rows = tl.minimum(row_blocks - band * BAND, BAND)
-    within = pid - band * (BAND * splits)
-    return band * BAND + within % band_rows, within // band_rows
+    first = tl.where(in_last_band, (4 * parts).to(tl.int64) * full_rows - full_rows, 0)
+    return first, tl.where(in_last_band, R - full_rows, full_rows)
+
+
+@triton.jit
+def item_of(item, tiles, row_blocks, band, splits, last_splits, MERGED: tl.constexpr):
+    """Of one item of a Partition: the block of rows, the first tile, the tile after the last, the slice's number.
+
+    Items follow one another band by band, so that programs that run together have their operands in L2; the last band
+    is cut anew (launch.py). Slices begin where a slot does.
+    """
+    full_blocks = (row_blocks - 1) // band * band
+    in_last = item >= full_blocks * splits
+    first_block = tl.where(in_last, full_blocks, item // (band * tl.maximum(splits, 1)) * band)
+    within = item - first_block * splits
+    blocks = tl.where(in_last, row_blocks - full_blocks, band)
+    count = tl.where(in_last, last_splits, splits)
+    split = within // blocks
+    units = (tiles + MERGED - 1) // MERGED
+    longer = units % count
+    start = (units // count * split + tl.minimum(split, longer)) * MERGED
+    length = (units // count + tl.where(split < longer, 1, 0)) * MERGED
+    return first_block + within % blocks, start, tl.minimum(start + length, tiles), split

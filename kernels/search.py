@@ -85,7 +85,9 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
     alike = Head(head.weight[:1].repeat(min(head.vocab, 4096), 1))  # of these, every token's logit is the largest
     targets = torch.arange(len(x), device=x.device) % alike.vocab
     for tile in tiles:
-        whole = replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10)) if with_top_k else tile
+        row_bytes = head.weight.shape[1] * head.weight.dtype.itemsize
+        merged = launch.merged_tiles(head.vocab, tile, 10, row_bytes) if with_top_k else 1
+        whole = replace(tile, merged=merged)
         one_pass = functools.partial(vocabulary_pass, x, head, whole, running=("t",), group_maxima=with_top_k)
         try:
             sums, best = _answer(*one_pass(), x, head, whole)

@@ -30,7 +30,7 @@ SMALL = Tile(block_rows=16, block_vocab=64, block_depth=32, warps=8, stages=3, t
 def software(monkeypatch, device):
     """The kernel's stand-in; its schedule is drawn from ``seed``, and ``splits`` programs share the vocabulary."""
     launcher = partitions.Launcher(overlapped._overlapped)
-    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: launcher.splits)
+    monkeypatch.setattr(launch.Bands, "of", lambda row_blocks, *_: launch.Bands(row_blocks, 0, launcher.splits))
     monkeypatch.setattr(tl.block_type, "layout", None, raising=False)  # the kernel hands it on
     monkeypatch.setattr(overlapped, "_overlapped", launcher)
     return launcher

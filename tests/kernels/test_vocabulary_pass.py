@@ -195,13 +195,15 @@ def test_a_bad_row_harms_itself_only(bad, top_k, device):
         assert value[0, 5] == 0 if name == "rank" else value[0, 5].isnan(), (name, value[0, 5])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 100])
-def test_splits_merge(splits, monkeypatch, device):
-    """However the vocabulary is cut, in the same way every time; the parts differ widely in size."""
-    x, w = operands(5, 32, 700, torch.bfloat16, device)
+@pytest.mark.parametrize(("size", "splits", "last_splits"), [(9, 0, 1), (9, 0, 10), (1, 2, 4), (2, 3, 1), (1, 10, 3)])
+def test_parts_merge(size, splits, last_splits, monkeypatch, device):
+    """However rows and vocabulary are cut, in the same way every time; the parts differ widely in size."""
+    rows = 3 * launch.vocabulary_tile(device, torch.bfloat16, 32).block_rows + 5
+    x, w = operands(rows, 32, 700, torch.bfloat16, device)
     w[:128] *= 20
-    targets = ids(5, 700, device)
-    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: min(splits, 700 // 64))
+    targets = ids(rows, 700, device)
+    bands = launch.Bands(min(size, 4), splits, last_splits)
+    monkeypatch.setattr(launch.Bands, "of", lambda *_: bands)
     got = check(x, Head(w), targets)
     again = statistics_of(x, Head(w), targets)
     for name, value in got.items():
