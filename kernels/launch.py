@@ -39,6 +39,8 @@ class Tile:
     flat: bool = False  #: one loop over tiles and depth, so that loads run on under the statistics of a tile
     merged: int = 1  #: tiles whose groups of columns are one group to the top k
     overlapped: bool = False  #: by overlapped.py: two groups of warps in turn, half of ``warps`` each
+    cooperative: bool = False  #: by cooperative.py: two groups of warps with half of the rows each
+    lag: int = 0  #: of the second of these groups, in steps of block_depth
     precision: Precision = "ieee"
 
     @property
@@ -46,7 +48,7 @@ class Tile:
         return self.block_vocab // 8
 
     def without_tma(self) -> Tile:
-        return replace(self, tma=False, flat=False, overlapped=False)
+        return replace(self, tma=False, flat=False, overlapped=False, cooperative=False, lag=0)
 
 
 def head_arguments(head: Head) -> dict[str, Any]:

@@ -226,6 +226,16 @@ def shared_bytes(tile: Tile, d_model: int) -> int:
     return 2 * tile.block_depth * (steps * tile.block_rows + tile.stages * tile.block_vocab) + 8 * (3 + 2 * tile.stages)
 
 
+def descriptors(x: Tensor, head: Head, tile: Tile, partition: Partition) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """What the copy engine is told of x, a block of rows at a time, and of W, seen as in vocabulary_pass.py."""
+    weight, depth, groups = head.weight, tile.block_depth, partition.groups
+    stride = weight.stride(0)
+    flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
+    a = TensorDescriptor(x, [*x.shape], [x.stride(0), 1], [tile.block_rows, depth], flat)
+    shape, block = [tile.members, groups, x.shape[1]], [tile.members, 8, depth]
+    return a, TensorDescriptor(weight, shape, [groups * stride, stride, 1], block, deep)
+
+
 def whole_tiles(
     x: Tensor, head: Head, tile: Tile, partition: Partition,
     target_logits: Tensor | None, state: Tensor, group_maxima: Tensor | None, asked: dict[str, bool],
@@ -244,19 +254,11 @@ def whole_tiles(
     """
     if tile.stages < 2 or tile.warps != 8:
         raise ValueError(f"tile: got {tile}, wanted 8 warps and 2 stages at least of one that is overlapped")
-    rows, d_model = x.shape
-    weight, depth = head.weight, tile.block_depth
-    stride = weight.stride(0)
-    groups = partition.groups
-    flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
-    a = TensorDescriptor(x, [rows, d_model], [x.stride(0), 1], [tile.block_rows, depth], flat)
-    b = TensorDescriptor(
-        weight, [tile.members, groups, d_model], [groups * stride, stride, 1], [tile.members, 8, depth], deep
-    )
+    depth = tile.block_depth
     _overlapped[(partition.items,)](
-        a, b, target_logits, state, group_maxima,
-        rows, head.vocab, groups, *partition.arguments(), partition.slots // 8, partition.place_mask,
+        *descriptors(x, head, tile, partition), target_logits, state, group_maxima,
+        len(x), head.vocab, partition.groups, *partition.arguments(), partition.slots // 8, partition.place_mask,
         **head_arguments(head),
-        BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(d_model, depth), STAGES=tile.stages,
+        BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(x.shape[1], depth), STAGES=tile.stages,
         MERGED=tile.merged, **asked, num_warps=tile.warps // 2, enable_fp_fusion=True,
     )  # fmt: skip

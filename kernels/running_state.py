@@ -11,11 +11,44 @@ import triton.language as tl
 
 from tuned_lens_fast.kernels.logits import LOG2E, MASKED, finish_logits
 
+#: Its interpreter has no instructions.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _best_two(a1, a2, b1, b2):
     """The two largest of a1 >= a2 and b1 >= b2."""
     return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def _two_maxima(a1, a2, b1, b2):
+    return tl.maximum(a1, b1), tl.maximum(a2, b2)
+
+
+@triton.jit
+def steepness(target):
+    """A power of two by which ``target`` stays finite, and logits that differ from it by 2^-100 are 1 apart from it."""
+    return tl.where(tl.abs(target) < 2.0**27, 2.0**100, 2.0**20)
+
+
+@triton.jit
+def is_above(z, target, BM: tl.constexpr, MEMBERS: tl.constexpr):
+    """1.0 where a logit of z ``[BM, MEMBERS, 8]`` is above its row's target, else 0.0.
+
+    A comparison is work for the pipe that has most to do. (z - target) * 2^100, clamped to [0, 1] by the very
+    instruction that computes it, is work for another; its product is exact, so that its sign is right.
+    """
+    if INTERPRETED:
+        above = tl.where(z > target[:, None, None], 1.0, 0.0)
+    else:
+        steep = steepness(target)
+        below = (target * -steep)[:, None, None].broadcast_to(BM, MEMBERS, 8)
+        steep = steep[:, None, None].broadcast_to(BM, MEMBERS, 8)
+        above = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [z, steep, below], tl.float32, True, 1
+        )
+    return above
 
 
 @triton.jit
@@ -58,18 +91,24 @@ def add_tile(
     if MASK:
         acc = tl.where(valid[None, :], acc, MASKED)
     z = acc.reshape(BM, MEMBERS, 8)
-    tile_largest = tl.max(z, 1)
     if TOP:
-        key = ((acc.to(tl.int32, bitcast=True) & place_mask) | member[None, :]).to(tl.float32, bitcast=True)
-        low, high = tl.split(key.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
-        tile_first, tile_second = tl.reduce((tl.maximum(low, high), tl.minimum(low, high)), 1, _best_two)
-        tile_first, tile_second = LAID_OUT_AS(tile_first, tile_largest), LAID_OUT_AS(tile_second, tile_largest)
+        # Of every two members the larger gets a place; which of the two it is, the maxima of even and odd members tell.
+        even, odd = tl.split(acc.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
+        of_even, of_odd = tl.reduce((even, odd), 1, _two_maxima)
+        places = (acc.to(tl.int32, bitcast=True) & 0) | member[None, :]  # in the layout of acc
+        place, _ = tl.split(places.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
+        key = ((tl.maximum(even, odd).to(tl.int32, bitcast=True) & place_mask) | place).to(tl.float32, bitcast=True)
+        tile_first, tile_second = tl.reduce((key, tl.minimum(even, odd)), 1, _best_two)
+        of_even, of_odd = LAID_OUT_AS(of_even, m), LAID_OUT_AS(of_odd, m)
+        tile_first, tile_second = LAID_OUT_AS(tile_first, m), LAID_OUT_AS(tile_second, m)
+        tile_largest = tl.maximum(of_even, of_odd)
+        is_odd = tl.where(of_odd > of_even, 1, 0)
+        tile_first = (tile_first.to(tl.int32, bitcast=True) | is_odd).to(tl.float32, bitcast=True)
         if MERGED == 1:
             largest, first, second = tile_largest, tile_first, tile_second
         else:
             # What the tiles before it in the same slot had; the slot is written anew with every tile, and stays in L2.
             tile_first = (tile_first.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
-            tile_second = (tile_second.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
             largest = tl.maximum(tl.where(part == 0, MASKED, largest), tile_largest)
             first = tl.where(part == 0, MASKED, first)
             second = tl.where(part == 0, MASKED, second)
@@ -79,6 +118,8 @@ def add_tile(
         at = group_maxima + rows.to(tl.int64)[:, None] * (2 * slots) + slot * 8 + group[None, :]
         tl.store(at, largest, mask=row_mask[:, None])
         tl.store(at + slots, packed, mask=row_mask[:, None])
+    else:
+        tile_largest = tl.max(z, 1)
     # The running maximum is kept to base 2: multiplied by LOG2E anew at each use, its rounding would not cancel.
     m_new = tl.maximum(m, tile_largest * LOG2E)
     shift = m - m_new
@@ -89,7 +130,7 @@ def add_tile(
         t = decay * tl.fma(shift, s, t) + tl.sum(p * y, 1)
     s = tl.fma(s, decay, tl.sum(p, 1))
     if RANK:
-        above += tl.sum(tl.where(z > target_logit[:, None, None], 1.0, 0.0), 1)
+        above += tl.sum(is_above(z, target_logit, BM, MEMBERS), 1)
     return m_new, s, t, above, largest, first, second
 
 

@@ -4,10 +4,10 @@
     TUNED_LENS_FAST_TILES=tiles.json python your_script.py
 
 Every candidate that compiles must give the built-in tile's sums and top ten, and gathered targets' logits to the bit as
-they are in its tiles; those that do are timed in turn, and the median decides. Tiles of overlapped.py are tried where
---overlapped asks for them, and alone: they have run on no GPU yet. An entry belongs to one GPU model, Triton
-version, dtype and d_model, with or without a top k, and is used for no other; the file may hold many, and another
-search adds to it.
+they are in its tiles; those that do are timed in turn, and the median decides. Tiles of overlapped.py and
+cooperative.py are tried where --overlapped and --cooperative ask for them, and alone: they have run on no GPU yet. An
+entry belongs to one GPU model, Triton version, dtype and d_model, with or without a top k, and is used for no other;
+the file may hold many, and another search adds to it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,17 @@ def overlapped_candidates(d_model: int) -> Iterator[Tile]:
     for depth in (64, 32):
         tiles = (Tile(128, 128, depth, warps=8, stages=n, tma=True, overlapped=True) for n in range(8, 1, -1))
         yield from itertools.islice((tile for tile in tiles if shared_bytes(tile, d_model) <= SHARED_BYTES), 2)
+
+
+def cooperative_candidates(d_model: int) -> Iterator[Tile]:
+    """For 16-bit operands on Hopper: tiles of cooperative.py in as many stages as fit, held back and in step."""
+    from tuned_lens_fast.kernels.cooperative import serves, shared_bytes
+
+    for depth in (64, 32):
+        tiles = (Tile(128, 256, depth, warps=8, stages=n, tma=True, cooperative=True) for n in range(12, 1, -1))
+        tile = next(tile for tile in tiles if shared_bytes(tile) <= SHARED_BYTES)
+        lags = (lag for lag in (tile.stages - 1, 0) if serves(-(-d_model // depth), tile.stages, lag))
+        yield from (replace(tile, lag=lag) for lag in lags)
 
 
 def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
@@ -174,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overlapped", action="store_true", help="on Hopper, time the tiles of overlapped.py beside the built-in alone"
     )
+    parser.add_argument("--cooperative", action="store_true", help="likewise, the tiles of cooperative.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the fastest into")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -186,10 +198,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
     weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
     tiles = list(candidates(built_in, dtype.itemsize))
-    if options.overlapped:
+    if options.overlapped or options.cooperative:
         if launch.architecture(device)[0] != 9 or dtype.itemsize != 2 or not built_in.tma:
-            parser.error("--overlapped: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model")
-        tiles = [built_in, *overlapped_candidates(options.d_model)]
+            parser.error(
+                "--overlapped, --cooperative: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model"
+            )
+        tiles = [built_in]
+        tiles += overlapped_candidates(options.d_model) if options.overlapped else []
+        tiles += cooperative_candidates(options.d_model) if options.cooperative else []
     found = search(x, Head(weight), tiles, with_top_k=with_top_k)
     for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")

@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tuned_lens_fast.engines.state import State
-from tuned_lens_fast.kernels import overlapped
+from tuned_lens_fast.kernels import cooperative, overlapped
 from tuned_lens_fast.kernels.launch import Partition, Tile, head_arguments
 from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED
 from tuned_lens_fast.kernels.running_state import add_tile, as_it_is, item_of, state_of, store_state
@@ -221,8 +221,9 @@ def vocabulary_pass(
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    if cut.tiles and tile.overlapped:
-        overlapped.whole_tiles(x, head, tile, cut, above, whole, maxima, asked)
+    if cut.tiles and (tile.overlapped or tile.cooperative):
+        specialised = overlapped if tile.overlapped else cooperative
+        specialised.whole_tiles(x, head, tile, cut, above, whole, maxima, asked)
     elif cut.tiles:
         launch(False, whole, tile.block_rows, 0, cut.items, *cut.arguments())
     if any(cut.tail):

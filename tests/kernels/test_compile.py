@@ -28,7 +28,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 #: Loads and stores of spilled registers: none but in the pass over two tiles and, by newer Tritons than 3.6, in two
 #: groups of warps that take turns; once a tile.
 SPILLS = {"_divergence_pass": 64, "_overlapped": 192}
-PRODUCTS = {"_translate", "_vocabulary_pass", "_overlapped", "_target_logits", "_divergence_pass"}
+PRODUCTS = {"_translate", "_vocabulary_pass", "_overlapped", "_cooperative", "_target_logits", "_divergence_pass"}
 
 
 def head(d_model, dtype, vocab=VOCAB):
@@ -48,7 +48,7 @@ def tile_for(x, precision="ieee"):
     from tuned_lens_fast.kernels.launch import built_in_tile, merged_tiles
 
     tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
-    return replace(tile, merged=merged_tiles(VOCAB, tile, 10), precision=precision)
+    return replace(tile, merged=merged_tiles(VOCAB, tile, 10, x.shape[1] * x.element_size()), precision=precision)
 
 
 def translate(d_model, dtype, precision="ieee"):
@@ -71,7 +71,17 @@ def overlapped(d_model, dtype="bfloat16", vocab=EVEN_VOCAB, **asked):
     from tuned_lens_fast.kernels.search import overlapped_candidates
 
     tile = next(overlapped_candidates(d_model))
-    statistics(d_model, dtype, vocab=vocab, tile=replace(tile, merged=merged_tiles(vocab, tile, 10)), **asked)
+    tile = replace(tile, merged=merged_tiles(vocab, tile, 10, 2 * d_model))
+    statistics(d_model, dtype, vocab=vocab, tile=tile, **asked)
+
+
+def cooperative(d_model, depth):
+    from tuned_lens_fast.kernels.launch import merged_tiles
+    from tuned_lens_fast.kernels.search import cooperative_candidates
+
+    tile = next(tile for tile in cooperative_candidates(d_model) if tile.block_depth == depth)
+    tile = replace(tile, merged=merged_tiles(EVEN_VOCAB, tile, 10, 2 * d_model))
+    statistics(d_model, "bfloat16", tile=tile)
 
 
 def statistics(
@@ -179,6 +189,8 @@ CASES = {
     "overlapped fp16, d 768, softcap, bias": Case(
         lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}
     ),
+    "cooperative bf16": Case(lambda: cooperative(4096, 64), {90: 168}),
+    "cooperative bf16, d 2048": Case(lambda: cooperative(2048, 32), {90: 168}),
     "target bf16": Case(lambda: target(4096, "bfloat16"), ANY),
     "target fp32": Case(lambda: target(768, "float32"), ANY, matrix=False),
     "top 10": Case(lambda: top(10), ANY),
@@ -219,6 +231,8 @@ def test_limits(name, architecture, version):
         if report.kernel in PRODUCTS and case.matrix:
             assert report.matrix.get(MATRIX[architecture], 0) > 0
         assert not report.serialised
+        if report.constants.get("RANK") and report.kernel in PRODUCTS:
+            assert "FFMA.SAT" in report.sass
 
 
 @pytest.mark.slow

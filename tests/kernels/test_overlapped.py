@@ -105,20 +105,6 @@ def test_a_whole_decode_takes_the_tile_of_an_entry(tmp_path, monkeypatch, softwa
     assert software.launches
 
 
-def faulty(monkeypatch, old, new):
-    """The kernel with a mistake planted in its source."""
-    import inspect
-
-    function = overlapped._take_turns.fn
-    source = inspect.getsource(function).partition("\n")[2]
-    assert old in source
-    namespace = dict(function.__globals__)
-    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "<faulty>", "exec"), namespace)
-    planted = type(overlapped._take_turns).__new__(type(overlapped._take_turns))
-    planted.fn = namespace["_take_turns"]
-    monkeypatch.setattr(overlapped, "_take_turns", planted)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -133,7 +119,7 @@ def faulty(monkeypatch, old, new):
     ],
 )
 def test_mistakes_are_found(old, new, monkeypatch, software):
-    faulty(monkeypatch, old, new)
+    partitions.plant(monkeypatch, overlapped, "_take_turns", {old: new})
     tile = dataclasses.replace(SMALL, merged=4)
     x, w = operands(4, 64, 64 * 14, torch.bfloat16, "cpu")
 
