@@ -23,7 +23,7 @@ from torch import Tensor
 from tuned_lens_fast.engines.state import State
 from tuned_lens_fast.engines.statistics import DIVERGENCES
 from tuned_lens_fast.kernels.launch import Tile, head_arguments, processors, vocabulary_splits
-from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, finish_logits
+from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED, tile_logits
 
 if TYPE_CHECKING:
     from tuned_lens_fast.engines.interface import Head
@@ -195,30 +195,6 @@ def kl_by_identity(x: Tensor, x_reference: Tensor, u: Tensor, state: State, refe
     return kl
 
 
-@triton.jit
-def _tile_logits(
-    x,  # [rows, D]
-    w,  # [V, D]
-    bias,  # [V]
-    row,  # int64 [BM]
-    token,  # int64 [BN]
-    row_mask,  # bool [BM]
-    token_mask,  # bool [BN]
-    stride_x, stride_w, scale, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Logits ``[BM, BN]``."""
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k in tl.range(0, D, BK):
-        depth = k + tl.arange(0, BK)
-        deep = (depth < D)[None, :]
-        a = tl.load(x + row[:, None] * stride_x + depth[None, :], mask=row_mask[:, None] & deep, other=0.0)
-        b = tl.load(w + token[:, None] * stride_w + depth[None, :], mask=token_mask[:, None] & deep, other=0.0)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-    return finish_logits(acc, bias, token, token_mask, scale, softcap, BIAS, SCALE, SOFTCAP, True)
-
-
 @triton.jit(do_not_specialize=["positions", "vocab", "layers", "tiles_per_split"])
 def _divergence_pass(
     x,  # [layers * positions, D]
@@ -247,7 +223,7 @@ def _divergence_pass(
     for tile in tl.range(split * tiles_per_split, tl.minimum((split + 1) * tiles_per_split, tl.cdiv(vocab, BN))):
         token = tile * BN + tl.arange(0, BN)
         real = token < vocab
-        reference = _tile_logits(
+        reference = tile_logits(
             x_reference, w, bias, position.to(tl.int64), token.to(tl.int64), inside, real, stride_reference, stride_w,
             scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
         )  # fmt: skip
@@ -256,7 +232,7 @@ def _divergence_pass(
         row = position.to(tl.int64) - positions
         for _ in tl.range(0, layers):
             row += positions
-            z = _tile_logits(
+            z = tile_logits(
                 x, w, bias, row, token.to(tl.int64), inside, real, stride_x, stride_w,
                 scale, softcap, BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
             )  # fmt: skip

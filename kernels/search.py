@@ -85,8 +85,16 @@ def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
                 yield tile
 
 
-def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, rounds: int = 10) -> dict[Tile, float]:
-    """Median seconds of one pass of x ``[rows, d_model]`` over the head, of those tiles that work.
+def merged(head: Head, tile: Tile) -> Tile:
+    """The tile as a decode with a top 10 takes it."""
+    row_bytes = head.weight.shape[1] * head.weight.dtype.itemsize
+    return replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10, row_bytes))
+
+
+def working(
+    x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool
+) -> dict[Tile, Callable[[], tuple[State, Tensor | None]]]:
+    """One pass of x ``[rows, d_model]`` over the head, by each of those tiles that give the first one's answer.
 
     Raises:
         RuntimeError: the first tile, which says what is right, does not work.
@@ -96,11 +104,12 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
     alike = Head(head.weight[:1].repeat(min(head.vocab, 4096), 1))  # of these, every token's logit is the largest
     targets = torch.arange(len(x), device=x.device) % alike.vocab
     for tile in tiles:
-        row_bytes = head.weight.shape[1] * head.weight.dtype.itemsize
-        merged = launch.merged_tiles(head.vocab, tile, 10, row_bytes) if with_top_k else 1
-        whole = replace(tile, merged=merged)
-        one_pass = functools.partial(vocabulary_pass, x, head, whole, running=("t",), group_maxima=with_top_k)
+        whole = merged(head, tile) if with_top_k else tile
         try:
+            own = target_logits(x, head, targets % head.vocab, tile)
+            one_pass = functools.partial(
+                vocabulary_pass, x, head, whole, target_logits=own, running=("t", "r"), group_maxima=with_top_k
+            )
             sums, best = _answer(*one_pass(), x, head, whole)
             gathered = target_logits(x, alike, targets, whole)
             _, groups = vocabulary_pass(x, alike, whole, group_maxima=True)
@@ -120,6 +129,12 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
             print(f"{tile}: a gathered target's logit is not its tile's", file=sys.stderr)
         else:
             calls[tile] = one_pass
+    return calls
+
+
+def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, rounds: int = 10) -> dict[Tile, float]:
+    """Median seconds of one pass by each of the tiles that :func:`working` lets through."""
+    calls = working(x, head, tiles, with_top_k=with_top_k)
     seconds: dict[Tile, list[float]] = {tile: [] for tile in calls}
     for _ in range(rounds):
         for tile, call in calls.items():

@@ -12,7 +12,8 @@ members) replaced by the place of the largest, off by at most 2^-17 of its value
 3. ``_order``, a program a row: the k best, ties to the lower id.
 
 So the result is the top k of the logits, unless a row has more candidates than fit: such a row is reported, and the
-engine decodes it again with all its logits. That takes many equal or nearly equal logits, as in a row of zeros.
+engine decodes it again with all its logits. That takes many equal or nearly equal logits, as in a row of zeros. Of few
+rows ``of_every_logit`` does so without being asked, and nobody has to wait for the report.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from tuned_lens_fast.engines import state as running
 from tuned_lens_fast.engines.state import State
 from tuned_lens_fast.kernels.launch import Tile, head_arguments, processors
-from tuned_lens_fast.kernels.logits import MASKED, finish_logits, token_of
+from tuned_lens_fast.kernels.logits import MASKED, finish_logits, tile_logits, token_of
 
 if TYPE_CHECKING:
     from tuned_lens_fast.engines.interface import Head
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 NO_KEY = tl.constexpr(running.NO_KEY)
 #: The largest k these kernels serve; beyond it the engine keeps all logits of a few rows at a time.
 LARGEST_K = 128
+#: Rows of which all logits may exist, should it be unsure what their top k is.
+MOST_ROWS = 64
 #: Programs that search groups, a processor.
 SEARCHERS = 8
 
@@ -147,6 +150,14 @@ def _searched_logits(
 
 
 @triton.jit
+def _key(z, token):
+    """What orders tokens by their logits, equal ones by descending id; see engines/state.py."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return (ordered << 32) | (0xFFFFFFFF - token.to(tl.int64))
+
+
+@triton.jit
 def _order(
     logits,  # fp32 [rows, PLACES]
     ids,  # int32 [rows, PLACES]
@@ -169,12 +180,59 @@ def _order(
     for k in range(K):
         best = tl.max(z, 0)
         first = tl.min(tl.where(z == best, token, 2147483647), 0)
-        bits = (best + 0.0).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
-        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        key = (ordered << 32) | (0xFFFFFFFF - first.to(tl.int64))
-        tl.store(top + row * K + k, tl.where(known, key, NO_KEY))
+        tl.store(top + row * K + k, tl.where(known, _key(best, first), NO_KEY))
         z = tl.where(token == first, float("-inf"), z)
     tl.store(unsure + row, known & ((n_tokens > TOKENS) | (n_searched > SEARCHED)))
+
+
+@triton.jit(do_not_specialize=["rows", "vocab"])
+def _every_logit(
+    x,  # [rows, D]
+    w,  # [V, D]
+    unsure,  # bool [rows]
+    logits,  # fp32 [rows, V]
+    rows, vocab, stride_x, stride_w,
+    bias,  # [V]
+    scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A program a tile of the vocabulary: logits of the rows that are unsure, summed as the normaliser was."""
+    row = tl.arange(0, BM)
+    wanted = tl.load(unsure + row, mask=row < rows, other=0) != 0
+    if tl.max(wanted.to(tl.int32), 0) > 0:
+        token = tl.program_id(0) * BN + tl.arange(0, BN)
+        z = tile_logits(
+            x, w, bias, row.to(tl.int64), token.to(tl.int64), wanted, token < vocab, stride_x, stride_w, scale, softcap,
+            BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
+        )  # fmt: skip
+        at = logits + row.to(tl.int64)[:, None] * vocab + token[None, :]
+        tl.store(at, z, mask=wanted[:, None] & (token < vocab)[None, :])
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _order_every_logit(
+    logits,  # fp32 [rows, V]
+    log_s,  # fp32 [rows]
+    unsure,  # bool [rows]
+    top,  # int64 [rows, K]
+    vocab,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a row, at work if that is unsure: its K best, one after another, each the largest below the last."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(unsure + row) != 0:
+        row_log_s = tl.load(log_s + row)
+        last = tl.full((1,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+        for k in range(K):
+            best = tl.full((BLOCK,), NO_KEY, tl.int64)
+            for start in range(0, vocab, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                z = tl.load(logits + row * vocab + token, mask=token < vocab, other=0.0)
+                key = _key(tl.where(z <= MASKED, float("-inf"), z), token)
+                best = tl.maximum(best, tl.where((token < vocab) & (key < last), key, NO_KEY))
+            last = tl.max(best, 0, keep_dims=True)
+            tl.store(top + row * K + k + tl.arange(0, 1), tl.where(row_log_s == row_log_s, last, NO_KEY))
 
 
 @dataclass(frozen=True)
@@ -239,3 +297,28 @@ def top_k(x: Tensor, head: Head, group_maxima: Tensor, state: State, k: int, til
         logits, ids, counts, state.log_s, top, unsure, K=k, WIDTH=members * tile.merged, **room_for, num_warps=1
     )
     return replace(state, top=top, unsure=unsure)
+
+
+def of_every_logit(x: Tensor, head: Head, state: State, tile: Tile) -> State:
+    """``state`` with the top k of rows that it is unsure of taken from all their logits, so that it is sure of all.
+
+    The other rows cost two launches that find nothing to do, and scratch of ``[rows, vocab]`` fp32 that is not touched.
+
+    Args:
+        x: ``[rows, d_model]`` in the head's dtype, ``MOST_ROWS`` at most.
+        state: from ``top_k`` with the same tile.
+    """
+    assert state.top is not None
+    rows, d_model = x.shape
+    logits = torch.empty(rows, head.vocab, dtype=torch.float32, device=x.device)
+    bm = max(16, triton.next_power_of_2(rows))
+    bn = 16 if tile.block_rows < 64 else 64 if x.dtype == torch.float32 else 128
+    _every_logit[(triton.cdiv(head.vocab, bn),)](
+        x, head.weight, state.unsure, logits, rows, head.vocab, x.stride(0), head.weight.stride(0),
+        **head_arguments(head), BM=bm, BN=bn, BK=tile.block_depth, D=d_model, PRECISION=tile.precision,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    _order_every_logit[(rows,)](
+        logits, state.log_s, state.unsure, state.top, head.vocab, K=state.top.shape[1], BLOCK=2048, num_warps=8
+    )
+    return replace(state, unsure=None)

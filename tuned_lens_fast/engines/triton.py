@@ -4,8 +4,9 @@ Nothing of size rows x vocabulary exists. The final norm needs a whole row befor
 hold everything without recomputing the translator for every slice of the vocabulary: x is written once,
 ``[rows, d_model]``, and the vocabulary pass reads it.
 
-To PyTorch all of it is one operator, ``tuned_lens_fast::triton_decode``: torch.compile sees no graph break, and a
-decode without top k can be captured in a CUDA graph.
+To PyTorch all of it is one operator, ``tuned_lens_fast::triton_decode``: torch.compile sees no graph break. A decode
+can be captured in a CUDA graph: one without a top k, and one of few rows (top_k.py's ``MOST_ROWS``), which nowhere
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -127,7 +128,10 @@ class TritonEngine(Engine):
         state, group_maxima = vocabulary_pass.vocabulary_pass(
             x, head, tile, target_logits=targets, running=wanted.running, group_maxima=wanted.top_k > 0
         )  # fmt: skip
-        return state if group_maxima is None else top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
+        if group_maxima is None:
+            return state
+        state = top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
+        return top_k.of_every_logit(x, head, state, tile) if len(x) <= tiling.all_logits else state
 
     def divergence_pass(
         self, x: Tensor, state: State, reference: Reference, head: Head, names: Collection[str], tiling: Tiling
@@ -289,7 +293,12 @@ def plan(
         raise BudgetError(memory_budget, least)
     while group < layers and needed(block, group + 1, width) <= memory_budget:
         group += 1
-    return Tiling(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
+    scratch, few = max(least, needed(block, group, width)), 0
+    if query.top_k and block * group >= layers * positions <= top_k.MOST_ROWS:
+        with_logits = needed(block, group, width) + 4 * layers * positions * head.vocab
+        if with_logits <= memory_budget:
+            scratch, few = max(least, with_logits), layers * positions
+    return Tiling(even(layers, group), even(positions, block), width, scratch, few)
 
 
 def _precision() -> launch.Precision:
