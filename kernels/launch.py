@@ -184,6 +184,14 @@ class Bands:
         found[-1] -= units * merged - tiles
         return found
 
+    def over_ideal(self, row_blocks: int, tiles: int, merged: int, programs: int) -> float:
+        """Time of so many programs side by side over that of their tiles alone, evenly shared."""
+        busy, rest = [(0.0, programs)], self.rest(row_blocks)
+        for _ in range((row_blocks - rest) // self.size):
+            busy = _take_next(busy, self.size, self.lengths(self.splits, tiles, merged))
+        busy = _take_next(busy, rest, self.lengths(self.last_splits, tiles, merged))
+        return busy[-1][0] * programs / (row_blocks * tiles)
+
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def of(row_blocks: int, tiles: int, merged: int, programs: int, most: int) -> Bands:

@@ -312,7 +312,7 @@ def of_every_logit(x: Tensor, head: Head, state: State, tile: Tile) -> State:
     rows, d_model = x.shape
     logits = torch.empty(rows, head.vocab, dtype=torch.float32, device=x.device)
     bm = max(16, triton.next_power_of_2(rows))
-    bn = 16 if tile.block_rows < 64 else 64 if x.dtype == torch.float32 else 128
+    bn = 16 if tile.block_rows < 64 else 64
     _every_logit[(triton.cdiv(head.vocab, bn),)](
         x, head.weight, state.unsure, logits, rows, head.vocab, x.stride(0), head.weight.stride(0),
         **head_arguments(head), BM=bm, BN=bn, BK=tile.block_depth, D=d_model, PRECISION=tile.precision,

@@ -104,14 +104,16 @@ def target(d_model, dtype):
     target_logits(x, of_model, meta(ROWS, dtype="int64"), tile_for(x))
 
 
-def top(k):
+def top(k, few=0):
     from tuned_lens_fast.kernels.launch import Partition
-    from tuned_lens_fast.kernels.top_k import top_k
+    from tuned_lens_fast.kernels.top_k import of_every_logit, top_k
 
     x, of_model = head(4096, "bfloat16")
     tile = tile_for(x)
     group_maxima = meta(ROWS, 2, Partition.of(ROWS, of_model, tile).slots, dtype="float32")
-    top_k(x, of_model, group_maxima, closed(ROWS), k, tile)
+    found = top_k(x, of_model, group_maxima, closed(ROWS), k, tile)
+    if few:
+        of_every_logit(x[:few], of_model, found, tile)
 
 
 def identity():
@@ -193,7 +195,7 @@ CASES = {
     "cooperative bf16, d 2048": Case(lambda: cooperative(2048, 32), {90: 168}),
     "target bf16": Case(lambda: target(4096, "bfloat16"), ANY),
     "target fp32": Case(lambda: target(768, "float32"), ANY, matrix=False),
-    "top 10": Case(lambda: top(10), ANY),
+    "top 10": Case(lambda: top(10, few=64), ANY),
     "top 64": Case(lambda: top(64), ANY),
     "identity": Case(identity, ANY),
     "divergences bf16": Case(lambda: divergences("bfloat16"), ANY),
@@ -260,6 +262,8 @@ def test_serialised_products_are_seen(version):
 @pytest.mark.parametrize(("name", "d_model", "most", "of"), [
     ("statistics bf16", 4096, 1.10, "serial"),
     ("statistics bf16, d 2048", 2048, 1.15, "serial"),
+    ("cooperative bf16", 4096, 1.05, "overlapped"),
+    ("cooperative bf16, d 2048", 2048, 1.08, "overlapped"),
     ("overlapped bf16, d 640", 640, 1.15, "overlapped"),
     ("overlapped bf16, d 576", 576, 1.15, "overlapped"),
 ])  # fmt: skip

@@ -1,9 +1,9 @@
 """The kernels of the vocabulary pass side by side: whether they work on the GPU at hand, and their times.
 
-    python bench/kernels.py compile --preset llama-3-8b                 into Triton's cache; none of them runs
-    python bench/kernels.py check --kernel cooperative                  smallest cases first, each named before it runs
-    python bench/kernels.py time --preset llama-3-8b smollm2-135m --tiles tiles.json --out kernels.json
-    python bench/kernels.py parts --preset llama-3-8b --out parts.json  every kernel of a decode, by PyTorch's profiler
+    python bench/vocabulary_kernels.py compile --preset llama-3-8b        into Triton's cache; none of them runs
+    python bench/vocabulary_kernels.py check --kernel cooperative         smallest cases first, each named before it runs
+    python bench/vocabulary_kernels.py time --preset llama-3-8b smollm2-135m --tiles tiles.json --out kernels.json
+    python bench/vocabulary_kernels.py parts --preset llama-3-8b          every kernel of a decode, by PyTorch's profiler
 
 Times are over torch.mm of the same rows, between whose runs they are taken. The floor of a kernel is itself with all
 but no statistics (--alone). The fastest tile of every preset goes into a file that TUNED_LENS_FAST_TILES may name.
@@ -59,7 +59,7 @@ def _hardly_anything(
 def rehearse() -> None:
     """Have kernels run without a GPU, as tests/kernels does."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("kernels.py: PyTorch sees no NVIDIA GPU; TRITON_INTERPRET=1 rehearses without one")
+        sys.exit("vocabulary_kernels.py: PyTorch sees no NVIDIA GPU; TRITON_INTERPRET=1 rehearses without one")
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
     from conftest import repair_interpreter
     from partitions import stand_in
@@ -182,7 +182,7 @@ def product(x: torch.Tensor, head: Head) -> Callable[[], None]:
 
 def time_all(options: argparse.Namespace) -> int:
     """Every tile's time over the product's, preset by preset, written as soon as it is there."""
-    result = {"kind": "kernels", **heading("kernels.py", options.arguments, DEVICE.type), "cases": []}
+    result = {"kind": "kernels", **heading("vocabulary_kernels.py", options.arguments, DEVICE.type), "cases": []}
     if options.out is not None and options.out.exists():
         result["cases"] = json.loads(options.out.read_text())["cases"]
     if options.alone:
@@ -238,7 +238,11 @@ def parts(options: argparse.Namespace) -> int:
     from torch.profiler import profile as profiler
 
     activities = [ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]
-    result = {"kind": "kernels of a decode", **heading("kernels.py", options.arguments, DEVICE.type), "cases": []}
+    result = {
+        "kind": "kernels of a decode",
+        **heading("vocabulary_kernels.py", options.arguments, DEVICE.type),
+        "cases": [],
+    }
     for preset in options.preset:
         inputs = {"dtype": torch.bfloat16 if ON_GPU else torch.float32, "device": DEVICE.type, "budget": BUDGET}
         of_model = ([], [1024], []) if ON_GPU else ([1], [2], [])
