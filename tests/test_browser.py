@@ -8,12 +8,14 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from urllib.parse import parse_qs
 
+import numpy as np
 import pytest
 import torch
 from test_page import TITLE, Hostile, hostile
@@ -246,6 +248,20 @@ def test_pointing_tells_and_clicking_pins(browser, one):
         page.keys(Keys.ESCAPE)
     page.settle()
     assert not page.element("#panel").is_displayed()
+
+
+def test_a_group_has_a_curve_in_a_pinned_cell(browser, files):
+    written = heatmap_page(STATS, Words(), IDS, "Groups", watch={"<b>few": [5]})
+    (files / "groups.html").write_text(written, encoding="utf-8")
+    page = Shown(browser, files / "groups.html", "p=0.2.3")
+    page.settle()
+    assert page.texts("article.pin .keyed > span")[-1] == "watched: <b>few"
+    *_, drawn = page(
+        "return [...document.querySelectorAll('article.pin svg path')].map((path) => path.getAttribute('d'))"
+    )
+    heights = [-float(y) for y in re.findall(r"[ML][\d.-]+[ ,]([\d.-]+)", drawn)]
+    wanted = STATS.watch_log_probs[:, 3, 0].exp().tolist()
+    assert np.corrcoef(heights, wanted)[0, 1] > 0.999
 
 
 def test_curves_go_through_the_layers(browser, one):
@@ -502,7 +518,7 @@ def test_a_notebooks_frame_is_sealed(browser, files):
 
 def test_a_served_page_loads_what_is_in_sight(browser, files, monkeypatch):
     monkeypatch.setattr(encode, "BLOCK", 16)
-    text = MemoryText("one", "One", STATS, IDS, Words())
+    text = MemoryText("one", "One", [("One", STATS)], IDS, Words())
     asked = []
     find = text.part
     monkeypatch.setattr(text, "part", lambda name: asked.append(name) or find(name))

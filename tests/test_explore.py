@@ -27,7 +27,7 @@ from tuned_lens_fast import cli
 from tuned_lens_fast.data.parts import load_run
 from tuned_lens_fast.data.table import stats_of, table_of
 from tuned_lens_fast.plotting import encode
-from tuned_lens_fast.plotting.serve import Run, Server
+from tuned_lens_fast.plotting.serve import Run, Server, texts_of
 from tuned_lens_fast.plotting.tokens import token_texts
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -100,19 +100,19 @@ def test_a_table_is_read_back(start, stop):
 def test_a_run_is_served_as_it_is(run, saved, monkeypatch):
     monkeypatch.setattr(encode, "BLOCK", 8)
     folder, stats, ids = run
-    server = Server(("127.0.0.1", 0), str(folder), Run(folder, saved[2]).texts)
+    server = Server(("127.0.0.1", 0), str(folder), texts_of(Run(folder, saved[2])))
     with served(server) as url:
         listed = get(url)[1].decode()
         assert "&lt;/script&gt;" in listed
         assert "</script>" not in listed
         for number, text in enumerate(server.texts):
-            at = ["one", "</script>", "c"].index(text.document)
+            at = ["one", "</script>", "c"].index(text.documents[0].document)
             wanted, read = stats[at], ids[at]
             page = Page(get(f"{url}{number}/")[1].decode())
             assert page.header["served"]
             (said,) = page.header["runs"]
             assert (said["positions"], said["layers"]) == (len(read), ["0", "1", "2", "output"])
-            assert said["name"].endswith(f"document {text.document}")
+            assert said["name"].endswith(f"document {text.documents[0].document}")
             names = [s["name"] for s in said["statistics"]]
             assert names == ["log_prob", "rank", "entropy", "max_prob", "kl"]
             page.bytes = lambda name, at=f"{url}{number}/part/": get(at + name)[1]
@@ -148,7 +148,7 @@ def test_a_run_is_served_as_it_is(run, saved, monkeypatch):
 
 def test_only_what_is_asked_for_is_read(run):
     folder, _, _ = run
-    text = Run(folder).texts[[text.document for text in Run(folder).texts].index("one")]
+    text = Run(folder).documents["one"]
     read = text.run.rows.to_table
     asked = []
 
@@ -166,8 +166,45 @@ def test_only_what_is_asked_for_is_read(run):
     assert stats.kl.shape == (4, 2)
 
 
+@pytest.fixture(scope="module")
+def other_run(saved, tmp_path_factory):
+    """Another lens's, with documents in another order, one of them cut short, one of its own, and larger ids."""
+    _, model, tokenizer = saved
+    folder = tmp_path_factory.mktemp("run") / "other"
+    lens = tl.TunedLens.from_model(model)
+    with torch.no_grad():
+        lens[0].bias.add_(1.0)
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"][0] for text in ("\uffff", TEXTS[0], TEXTS[1][:-1])]
+    tl.decode_documents(model, lens, ids, out=folder, ids=["new", "one", "</script>"], tokenizer=tokenizer, top_k=2)
+    return folder, ids
+
+
+def test_two_runs_side_by_side(run, other_run, saved):
+    first, second = Run(run[0], saved[2]), Run(other_run[0], saved[2])
+    texts = {text.name: text for text in texts_of(first, second)}
+    assert [len(text.documents) for text in texts.values()] == [2 if name != "document c" else 1 for name in texts]
+    assert texts["document </script>"].positions == len(run[2][1])
+    both = texts["document one"]
+    said = both.header["runs"]
+    assert [each["positions"] for each in said] == [len(run[2][0])] * 2
+    assert [each["k"] for each in said] == [3, 2]
+    assert "LogitLens" in said[0]["name"]
+    assert "TunedLens" in said[1]["name"]
+    for column, of in enumerate((first, second)):
+        assert both.part(f"block-{column}-0") == of.documents["one"].block(0)
+        assert both.part(f"text-{column}") == of.documents["one"].text()
+    assert both.part("block-0-0") != both.part("block-1-0")
+    assert both.part("text-2") is None
+    largest = max((first, second), key=lambda each: len(each.tokens.numbers))
+    assert both.part("tokens") == largest.token_part
+    assert first.tokens.number(torch.tensor([97])) == second.tokens.number(torch.tensor([97]))
+    second.documents = {"elsewhere": second.documents["one"]}
+    with pytest.raises(ValueError, match=r"compare: no document of '.*TunedLens.*' is one of '.*LogitLens"):
+        texts_of(first, second)
+
+
 def test_the_address_is_a_secret(run):
-    server = Server(("127.0.0.1", 0), "run", Run(run[0]).texts)
+    server = Server(("127.0.0.1", 0), "run", texts_of(Run(run[0])))
     with served(server) as url:
         root = url[: url.index("/", 8)]
         for path in ("/", "//", "/wrong/", "/wrong/0/", f"/{server.secret[:-1]}/0/", "/%2e%2e/etc/passwd"):
@@ -180,6 +217,11 @@ def test_the_address_is_a_secret(run):
             "0/part/",
             "0/part/block-0-99",
             "0/part/block-0-x",
+            "0/part/block-1-0",
+            "0/part/block-0",
+            "0/part/block-0-0-0",
+            "0/part/text",
+            "0/part/text-1",
             "0/part/../../etc",
             "0/part/a/b",
             "9" * 99 + "/",
@@ -214,6 +256,20 @@ def test_prompts(saved, capsys, monkeypatch):
     assert cli.main(["explore", folder]) == 0
     (url,) = asked
     assert f"{url}  (Ctrl-C ends it)" in capsys.readouterr().err
+
+
+def test_a_prompt_through_two_lenses(saved, tmp_path, monkeypatch):
+    folder, model, _ = saved
+    tl.TunedLens.from_model(model).save(tmp_path / "lens")
+
+    def talk(server, **_):
+        texts.append(server.decode("a prompt"))
+
+    texts = []
+    monkeypatch.setattr(Server, "serve_forever", talk)
+    assert cli.main(["explore", str(folder), "--lens", str(tmp_path / "lens"), "--compare", "logit"]) == 0
+    assert [each["name"] for each in texts[0].header["runs"]] == ["lens lens", "logit lens"]
+    assert texts[0].part("block-1-0")
 
 
 def ended(monkeypatch):
@@ -260,6 +316,10 @@ def test_what_cannot_be_explored_is_one_sentence(run, saved, tmp_path, capsys, m
             ([str(tmp_path)], 1, "model: cannot load"),
             ([str(saved[0]), "--lens", str(tmp_path / "absent")], 1, "no lens at"),
             ([str(folder), "--port", "70000"], 2, "--port: got 70000"),
+            ([str(folder), "--compare", str(folder)], 2, "--compare: got .*which is the first one too"),
+            ([str(folder), "--compare", str(tmp_path)], 2, "--compare: got .* wanted a folder that decode --out wrote"),
+            ([str(saved[0]), "--compare", "logit"], 2, "--compare: got 'logit', which is the first one too"),
+            ([str(saved[0]), "--compare", str(tmp_path / "absent")], 1, "no lens at"),
             ([str(folder), "--host", "256.0.0.1"], 1, "host, port: cannot listen at '256.0.0.1'"),
         ]
         for argv, code, problem in cases:

@@ -30,6 +30,7 @@ from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
     gguf_in,
+    lens_name,
     load_lens,
     load_model,
     load_tokenizer,
@@ -228,9 +229,9 @@ def run(args: argparse.Namespace) -> None:
                 progress.expect(count * len(ids[0]))
                 batch = decoded(lens)
                 stats = batch[:, 0]
-                runs = [(_lens_name(args.lens), stats, ids[0])]
+                runs = [(lens_name(args.lens), stats, ids[0])]
                 if other is not None:
-                    runs.append((_lens_name(args.compare), decoded(other)[:, 0], ids[0]))
+                    runs.append((lens_name(args.compare), decoded(other)[:, 0], ids[0]))
         seconds, extra = time.perf_counter() - start, peak.growth()
 
         meter.say("writing")
@@ -356,12 +357,7 @@ def _table(batch: LensStats, tokenizer: Any, input_ids: Tensor) -> pyarrow.Table
 def _title(args: argparse.Namespace) -> str:
     """ "SmolLM2-135M-Instruct, logit lens": what a page is called."""
     name = Path(args.gguf_file).stem if args.gguf_file else args.model.rstrip("/").split("/")[-1]
-    return ", ".join([name, _lens_name(args.lens), *([_lens_name(args.compare)] if args.compare else [])])
-
-
-def _lens_name(name: str | None) -> str:
-    """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
-    return "logit lens" if name in (None, "logit") else f"lens {name.rstrip('/').split('/')[-1]}"
+    return ", ".join([name, lens_name(args.lens), *([lens_name(args.compare)] if args.compare else [])])
 
 
 def _as_json(args: argparse.Namespace, stats: LensStats, tokenizer: Any, input_ids: Tensor) -> dict[str, Any]:

@@ -52,6 +52,11 @@ def load_model(args: argparse.Namespace) -> Any:
     return model.eval()
 
 
+def lens_name(name: str | None) -> str:
+    """What ``--lens`` or ``--compare`` asks for, as a page calls it."""
+    return "logit lens" if name in (None, "logit") else f"lens {name.rstrip('/').split('/')[-1]}"
+
+
 def load_lens(model: Any, name: str | None) -> Lens:
     if name is None:
         return LogitLens.from_model(model)

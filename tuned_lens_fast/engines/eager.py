@@ -17,6 +17,8 @@ from tuned_lens_fast.engines.tiling import even
 
 #: The narrowest tile worth a matmul. Below 64 columns, BLAS libraries take other paths with other roundings.
 MIN_TILE = 256
+#: Of a gradient, whose second product has a tile's tokens for its depth: fewer take longer than fewer rows.
+GRADIENT_TILE = 512
 #: The largest useful rows and tile. On a CPU a tile of logits should stay in cache.
 CPU_CHUNK = (512, 2048)
 GPU_CHUNK = (2048, 4096)
@@ -42,7 +44,9 @@ class EagerEngine(Engine):
         matmul = self.matmul(readout.head)
         wide = max(torch.promote_types(torch.float32, dtype).itemsize for dtype in (hidden, readout.head.weight.dtype))
         layers = max(1, len(readout.translators))
-        return plan(layers, positions, readout.width, matmul, query, wide, memory_budget, gradient)
+        residual = torch.promote_types(torch.float32, hidden)
+        cast = any(translator is not None and translator.weight.dtype != residual for translator in readout.translators)
+        return plan(layers, positions, readout.width, matmul, query, wide, memory_budget, gradient, cast)
 
     def residual(self, hidden: Sequence[Tensor], translators: Sequence[Translator | None], tiling: Tiling) -> Tensor:
         rows = [translated(h, translator, tiling.tile) for h, translator in zip(hidden, translators, strict=True)]
@@ -128,9 +132,12 @@ def translated(hidden: Tensor, translator: Translator | None, block: int) -> Ten
 
 
 def scratch_bytes(
-    rows: int, tile: int, d_model: int, head: Head, query: Query, wide: int, gradient: bool = False
+    rows: int, tile: int, d_model: int, head: Head, query: Query, wide: int, gradient: bool = False, cast: bool = True
 ) -> int:
-    """Upper bound on scratch beside inputs and results; ``wide``: bytes of an element of x."""
+    """Upper bound on scratch beside inputs and results.
+
+    ``wide``: bytes of an element of x; ``cast``: translators have another dtype than what they are computed in.
+    """
     logits = 3 if head.softcap is None else 5
     if by_two_passes(query, head) or (gradient and head.softcap is not None):
         logits += 7
@@ -139,11 +146,14 @@ def scratch_bytes(
     vectors = 7 + 3 * bool(divergences(query))  # h, h A^T, x before, in and after the norm; reference, u
     if gradient:  # sum exp(z - m) W and a tile's, the residual, its gradient and what that is made of
         vectors += 7
+    # Rows of W or A, for the dtype or the order that a product wants, and those of targets whose rank is asked for.
+    plain = head.weight.dtype == torch.float32 and 1 in head.weight.stride() and not cast and "rank" not in query.stats
+    copies = 0 if plain else 2
     return (
         rows * tile * 4 * logits
         + rows * (candidates + (tile // GROUP if query.top_k else 0)) * 8 * 5
         + rows * d_model * wide * vectors
-        + tile * (d_model * wide * 2 + 64)
+        + tile * (d_model * wide * copies + 64)
         + rows * (256 + watched * 4 * 3)
     )
 
@@ -157,6 +167,7 @@ def plan(
     wide: int,
     memory_budget: int,
     gradient: bool = False,
+    cast: bool = True,
 ) -> Tiling:
     """Rows and tokens of a chunk: the largest useful ones, halved in turn until they fit the budget.
 
@@ -172,10 +183,12 @@ def plan(
 
     def needed(rows: int, tile: int) -> int:
         sums = gradient or "kl" in query.stats
-        return scratch_bytes(rows, tile, d_model, head, query, wide, gradient) + matmul.scratch(rows, tile, sums)
+        scratch = scratch_bytes(rows, tile, d_model, head, query, wide, gradient, cast)
+        return scratch + matmul.scratch(rows, tile, sums)
 
+    least = max(smallest, GRADIENT_TILE) if gradient else smallest
     while needed(rows, tile) > memory_budget and (rows > 1 or tile > smallest):
-        if tile > smallest and (tile >= rows or rows == 1):
+        if tile > smallest and ((tile >= rows and tile > least) or rows == 1):
             tile = max(smallest, tile // 2)
         else:
             rows = (rows + 1) // 2

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tuned_lens_fast.data.parts import METADATA, check_run, load_run
 from tuned_lens_fast.data.table import stats_of
-from tuned_lens_fast.messages import shortened
+from tuned_lens_fast.messages import quoted, shortened
 from tuned_lens_fast.plotting import encode
 from tuned_lens_fast.plotting.heatmap import hashed, written
 from tuned_lens_fast.plotting.tokens import NO_TOKEN
@@ -59,11 +59,14 @@ class Text(Protocol):
 
 
 class MemoryText:
-    """Statistics in memory."""
+    """Statistics in memory, of one lens or of several side by side: ``(what it is called, statistics)`` each."""
 
-    def __init__(self, name: str, title: str, stats: LensStats, input_ids: Tensor, tokenizer: Any) -> None:
+    def __init__(
+        self, name: str, title: str, lenses: Sequence[tuple[str, LensStats]], input_ids: Tensor, tokenizer: Any
+    ) -> None:
         self.name, self.positions = name, len(input_ids)
-        self.header, self._parts = encode.parts([(title, stats, input_ids)], tokenizer, title, None)
+        runs = [(lens, stats, input_ids) for lens, stats in lenses]
+        self.header, self._parts = encode.parts(runs, tokenizer, title, None)
         self.header["served"] = True
 
     def part(self, name: str) -> bytes | None:
@@ -96,10 +99,14 @@ class Run:
         ends = ends.group_by("document").aggregate([("position", "max")]).sort_by("document")
         largest = self._largest_id()
         self.tokens = encode.Tokens(tokenizer, {id: id - NO_TOKEN for id in range(NO_TOKEN, largest + 1)})
-        self.texts = [
-            RunText(self, document, last + 1)
+        self.documents = {
+            document: RunDocument(self, document, last + 1)
             for document, last in zip(ends["document"].to_pylist(), ends["position_max"].to_pylist(), strict=True)
-        ]
+        }
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.said[name] for name in ("model", "lens") if name in self.said)
 
     @cached_property
     def token_part(self) -> bytes:
@@ -128,16 +135,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class RunText:
+class RunDocument:
     """A document of a run; what is asked for is read from its Parquet files, by ranges of positions."""
 
     run: Run
     document: Any  #: its number, or its id
     positions: int
-
-    @property
-    def name(self) -> str:
-        return f"document {self.document}"
 
     def read(self, names: Sequence[str], start: int, stop: int) -> LensStats:
         """These columns, from one position to before another."""
@@ -151,33 +154,27 @@ class RunText:
     def _names(self) -> list[str]:
         return [*({*encode.DRAWN, "top_ids", "top_log_probs", "watch_log_probs"} & {*self.run.rows.schema.names})]
 
-    @cached_property
-    def header(self) -> dict[str, Any]:
-        title = f"{self.run.said.get('model', 'a model')}, {self.name}"
-        first = self.read(self._names, 0, 1)
-        description = encode.described(
-            title,
-            first,
+    @property
+    def described(self) -> dict[str, Any]:
+        """Its part of the header."""
+        return encode.described(
+            f"{self.run.title}, document {self.document}",
+            self.read(self._names, 0, 1),
             self.positions,
             lambda name: getattr(self.read([name], 0, self.positions), name),
             self.run.tokens,
             self.run.said.get("watch"),
         )
-        return encode.header(title, [description], served=True)
 
-    def part(self, name: str) -> bytes | None:
-        if name == "tokens":
-            return self.run.token_part
-        if name == "text-0":
-            return self._text()
-        kind, _, number = name.rpartition("-")
-        start = int(number) * encode.BLOCK if number.isdecimal() else self.positions
-        if kind != "block-0" or start >= self.positions:
+    def block(self, start: int) -> bytes | None:
+        """The statistics of a block of positions; None where there are none."""
+        if start >= self.positions:
             return None
-        stats = self.read(self._names, start, min(start + encode.BLOCK, self.positions))
-        return encode.block_part(stats, self.run.tokens)
+        return encode.block_part(
+            self.read(self._names, start, min(start + encode.BLOCK, self.positions)), self.run.tokens
+        )
 
-    def _text(self) -> bytes:
+    def text(self) -> bytes:
         from pyarrow.dataset import field
 
         one = (field("document") == self.document) & (field("layer") == int(self.run.layers[-1]))
@@ -189,6 +186,54 @@ class RunText:
             found[i] = torch.tensor(table[name].fill_null(NO_TOKEN - 1).to_numpy()).long()
         numbers = [encode.planes(self.run.tokens.number(ids)) for ids in found]
         return encode.packed(b"".join(numbers))
+
+
+@dataclass(frozen=True)
+class RunText:
+    """A document as it is in one run, or in several side by side."""
+
+    documents: Sequence[RunDocument]
+
+    @property
+    def name(self) -> str:
+        return f"document {self.documents[0].document}"
+
+    @property
+    def positions(self) -> int:
+        return max(document.positions for document in self.documents)
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        described = [document.described for document in self.documents]
+        return encode.header(" | ".join(each["name"] for each in described), described, served=True)
+
+    def part(self, name: str) -> bytes | None:
+        if name == "tokens":  # ids are numbered alike in every run, the largest one has them all
+            return max(
+                (document.run for document in self.documents), key=lambda run: len(run.tokens.numbers)
+            ).token_part
+        kind, *numbers = name.split("-")
+        if not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            return None
+        which, *block = map(int, numbers or ["0"])
+        if which >= len(self.documents) or (kind, len(numbers)) not in (("text", 1), ("block", 2)):
+            return None
+        return self.documents[which].block(block[0] * encode.BLOCK) if block else self.documents[which].text()
+
+
+def texts_of(run: Run, *others: Run) -> list[RunText]:
+    """Every document of ``run``, beside the same one of other runs where they have it.
+
+    Raises:
+        ValueError: another run has none of them.
+    """
+    for other in others:
+        if not run.documents.keys() & other.documents.keys():
+            raise ValueError(f"compare: no document of {quoted(other.title, 150)} is one of {quoted(run.title, 150)}")
+    return [
+        RunText([each.documents[document] for each in (run, *others) if document in each.documents])
+        for document in run.documents
+    ]
 
 
 class Server(ThreadingHTTPServer):

@@ -410,20 +410,22 @@ class Page {
       if (run.read[at] >= 0) around.append(this.token(run.read[at], `token${at === position ? " here" : at === position + 1 ? " coming" : ""}`), h("wbr"));
     }
     if (around.childElementCount) card.append(around);
-    // The five likeliest tokens, then the target and watched tokens if they are none of these.
+    // The five likeliest tokens, then the target and watched tokens if they are none of these, and groups of such.
     const tokens = Array.from({ length: Math.min(5, run.k) }, (_, i) => run.top(layer, position, i)), colour = (i) => PINS[i % PINS.length];
     const others = [];
     const add = (token, name) => { if (token >= 0 && !tokens.includes(token) && !others.some((other) => other.token === token)) others.push({ token, name }); };
     add(run.target[position], "next: ");
     run.watched.forEach((token) => add(token, "watched: "));
+    run.statistics.filter((s) => s.token < 0).forEach((group) => others.push({ group, name: "watched: " }));
     const lines = [...tokens.map((token, i) => ({ token, colour: colour(i) })),
-      ...others.map(({ token, name }, i) => ({ token, name, colour: i ? colour(4 + i) : "var(--ink)", dashed: true }))]
-      .map((line) => ({ ...line, at: layer, layers: run.layers, values: run.layers.map((_, l) => Math.exp(run.logProbOf(line.token, l, position))) }));
+      ...others.map((other, i) => ({ ...other, colour: i ? colour(4 + i) : "var(--ink)", dashed: true }))]
+      .map((line) => ({ ...line, at: layer, layers: run.layers, values: run.layers.map((_, l) =>
+        Math.exp(line.group ? run.value(line.group, l, position) : run.logProbOf(line.token, l, position))) }));
     if (run.k) card.append(this.bars({ run, layer }, position, (i) => (i < 5 ? colour(i) : "var(--pale)")));
     if (lines.length) {
       card.append(h("h3", {}, "their probabilities through the layers"), chart(lines, { low: 0, high: 1, percent: true }),
         h("div", { class: "keyed" }, ...lines.filter((line) => line.dashed).map((line) => h("span", {},
-          h("i", { style: { "border-color": line.colour, "border-top-style": "dashed" } }), line.name, this.token(line.token)))));
+          h("i", { style: { "border-color": line.colour, "border-top-style": "dashed" } }), line.name, line.group ? h("bdi", {}, line.group.called) : this.token(line.token)))));
     }
     card.append(this.numbers([{ run, layer }], position));
     return card;
