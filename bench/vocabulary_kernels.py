@@ -1,9 +1,9 @@
 """The kernels of the vocabulary pass side by side: whether they work on the GPU at hand, and their times.
 
-    python bench/vocabulary_kernels.py compile --preset llama-3-8b        into Triton's cache; none of them runs
-    python bench/vocabulary_kernels.py check --kernel cooperative         smallest cases first, each named before it runs
+    python bench/vocabulary_kernels.py compile --preset llama-3-8b       into Triton's cache; none of them runs
+    python bench/vocabulary_kernels.py check --kernel cooperative        smallest cases first, each named before it runs
     python bench/vocabulary_kernels.py time --preset llama-3-8b smollm2-135m --tiles tiles.json --out kernels.json
-    python bench/vocabulary_kernels.py parts --preset llama-3-8b          every kernel of a decode, by PyTorch's profiler
+    python bench/vocabulary_kernels.py parts --preset llama-3-8b         every kernel of a decode, by PyTorch's profiler
 
 Times are over torch.mm of the same rows, between whose runs they are taken. The floor of a kernel is itself with all
 but no statistics (--alone). The fastest tile of every preset goes into a file that TUNED_LENS_FAST_TILES may name.
