@@ -19,6 +19,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import contenders  # noqa: E402
+import gpu_checks  # noqa: E402
 import loss  # noqa: E402
 import measure  # noqa: E402
 import presets  # noqa: E402
@@ -508,3 +509,40 @@ def test_the_document_is_the_one_made_of_the_results(tmp_path):
     pictures.mkdir()
     assert there.read_text() == report.document(BENCH / "results", pictures), "run: python bench/report.py"
     assert {path.name for path in there.with_suffix("").iterdir()} == {path.name for path in pictures.iterdir()}
+
+
+def test_what_a_gpu_tells_is_rendered(tmp_path):
+    """Kernels beside torch.mm, kernels of a decode, decodes of few rows, counters; a file of tiles is no result."""
+    began = record.heading("x.py", [], "cpu")
+    tile = {"over_product": 1.056, "queued_over_product": 1.0449}
+    shape = {"preset": "tiny", "rows": 8192, "d_model": 48}
+    results = {
+        "kernels": [{**shape, "asked": asked, "tiles": {"plain": tile}} for asked in ("all sums", "hardly anything")],
+        "kernels of a decode": [
+            {"preset": "tiny", "statistics": "lse", "kernels": {"_merge": {"seconds": 2e-3, "launches": 7}}}
+        ],
+        "small decodes": [
+            {"preset": "tiny", "rows": 8, "read": 2e-5, "seconds": {"W read": {}, "graph": {"median": 2.6e-5}}}
+        ],
+    }
+    for kind, cases in results.items():
+        record.write(tmp_path / "h200-x" / f"{kind}.json", {"kind": kind, **began, "cases": cases})
+    counted = tmp_path / "counted"
+    counted.mkdir()
+    lines = [
+        '"Kernel Name","Metric Name","Metric Unit","Metric Value"',
+        '"_pass","SM Busy","%","61.5"',
+        '"_pass","","",""',
+    ]
+    (counted / "llama.csv").write_text("==PROF== noise\n" + "\n".join(lines) + "\n")
+    checked = {"tests": None, "profiles": {"llama": gpu_checks.profile(counted / "llama.csv")}}
+    record.write(tmp_path / "h200-x" / "counters.json", {"kind": "gpu checks", **began, **checked})
+    (tmp_path / "h200-x" / "tiles.json").write_text("{}")
+    page = "\n".join(report.section(tmp_path / "h200-x", tmp_path))
+    for said in (
+        "| plain | 1.056 (1.045) |",
+        "| _merge | 2.000 | 7 |",
+        "| tiny, 8 rows | 20 | 1.30 |",
+        "| SM Busy | 61.5 % |",
+    ):
+        assert said in page
