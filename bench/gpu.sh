@@ -10,7 +10,8 @@
 # Every step has a limit of its own, those least known come first, and what a step finds is in FOLDER as soon as it is
 # known, at most eight files a call: logs, JSON that bench/report.py renders, tiles.json, and Triton's cache. Put what
 # came back into .gpu/ (which git ignores) for the next call, on another machine too. No network is needed; Python is
-# $PYTHON, or else python3. LIST=1 prints the steps and their limits. REHEARSE=1 runs them without a GPU, at toy sizes.
+# $PYTHON, or else python3. LIST=1 prints the steps and their limits, ONLY="NAME ..." runs those alone.
+# REHEARSE=1 runs them without a GPU, at toy sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 call=${1:-}
@@ -22,8 +23,8 @@ suite=gpu shapes="llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m" largest=llama
 small="--layers 1 --positions 128" counted="--layers 4 --positions 1024" workers=8
 at_once=16 rounds=12 patience=1
 if [ -n "${REHEARSE:-}" ]; then
-    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
-    suite=rehearsal shapes=tiny largest=tiny smallest=tiny small="--layers 1 --positions 2" counted=$small
+    export TRITON_INTERPRET=1 OMP_NUM_THREADS=1 PYTHONPATH="$PWD/bench/rehearsal:$PYTHONPATH"
+    suite=rehearsal shapes=tiny largest=tiny smallest=tiny small="--layers 1 --positions 2 --vocabulary 330" counted=$small
     workers=0 at_once=1 rounds=1 patience=20
 fi
 if [ -n "${LIST:-}" ]; then
@@ -47,6 +48,7 @@ status=0
 step() { # NAME SECONDS COMMAND...: runs it, says how it went, and keeps what it prints.
     local name=$1 limit=$2 begin=$SECONDS code
     shift 2
+    [[ -z ${ONLY:-} || " $ONLY " == *" $name "* ]] || return 0
     [ -n "${LIST:-}" ] && printf '%s\t%s\t%s\n' "$name" "$limit" "$*" && return 0
     printf '\n== %s (%s s at most): %s\n' "$name" "$limit" "$*" >>"$log"
     timeout --kill-after=5 "$((limit * patience))" "$@" >>"$log" 2>&1

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import heading, write
 
 
@@ -42,7 +43,8 @@ def main() -> None:
         "tests": tests(scratch / "tests.xml"),
         "profiles": {path.stem: profile(path) for path in sorted(scratch.glob("*.csv"))},
     }
-    write(out, {"kind": "gpu checks", **heading("gpu.sh", [], "cuda"), "command": "bash bench/gpu.sh", **found})
+    began = heading("gpu.sh", [], "cuda" if torch.cuda.is_available() else "cpu")
+    write(out, {"kind": "gpu checks", **began, "command": "bash bench/gpu.sh", **found})
     print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
 
 

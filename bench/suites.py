@@ -15,6 +15,7 @@ SWEPT = "--contenders product-tiles product-native native eager loop --together 
 SETTLED = "--together --rounds 30 --seconds 80 --patience 30"
 QUICKLY = "--together --rounds 12 --seconds 60 --least 4 --patience 30"
 SMOLLM2 = "run.py --preset smollm2-135m"
+TOY = "tiny --layers 1 --vocabulary 330"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 #: What the native engine is held against: x given, and the product alone as a user would write it.
 NATIVE = (
@@ -23,8 +24,10 @@ NATIVE = (
 )
 
 
-def _gpu(shapes: str, largest: str, smallest: str, positions: tuple[int, int, int], rounds: int) -> dict[str, str]:
-    """The comparisons of bench/gpu.sh: presets with their options, and few, many and most positions."""
+def _gpu(
+    shapes: str, largest: str, smallest: str, positions: tuple[int, int, int], rows: str, rounds: int
+) -> dict[str, str]:
+    """The comparisons of bench/gpu.sh: presets and their options, few, many and most positions, few rows."""
     few, many, most = positions
     presets, walked = shapes.partition(" --")[0], f"--start head --rounds {rounds} --least 1 --seconds 1.5"
     return {
@@ -42,7 +45,7 @@ def _gpu(shapes: str, largest: str, smallest: str, positions: tuple[int, int, in
         "--contenders product triton",
         "loss": f"loss.py --preset {largest.split()[0]} --positions {few} --dtype bfloat16 --rounds 3",
         "loss-few-features": f"loss.py --preset {smallest.split()[0]} --positions {few} --dtype bfloat16 --rounds 3",
-        "small-decodes": f"small_decodes.py --preset {presets} --rows 1 8 64 --rounds {3 * rounds}",
+        "small-decodes": f"small_decodes.py --preset {presets} --rows {rows} --rounds {3 * rounds}",
     }
 
 
@@ -71,12 +74,12 @@ SUITES: dict[str, dict[str, str]] = {
         "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
     },
     "gpu": {
-        **_gpu(H100_SHAPES, "llama-3-8b", "smollm2-135m", (1024, 4096, 8192), 6),
+        **_gpu(H100_SHAPES, "llama-3-8b", "smollm2-135m", (1024, 4096, 8192), "1 8 64", 6),
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
     # The same at toy sizes: what bench/gpu.sh runs without a GPU, so that no mistyped word takes the time of one.
-    "rehearsal": _gpu("tiny --layers 1", "tiny --layers 1", "tiny", (2, 3, 2), 1),
+    "rehearsal": _gpu(TOY, TOY, "tiny", (2, 3, 2), "1 2", 1),
     "training": {
         "kl": "loss.py --weights real --loss kl --rounds 3",
         "ce": "loss.py --weights real --loss ce --rounds 3",

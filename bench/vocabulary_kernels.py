@@ -7,7 +7,7 @@
 
 Times are over torch.mm of the same rows, between whose runs they are taken. The floor of a kernel is itself with all
 but no statistics (--alone). The fastest tile of every preset goes into a file that TUNED_LENS_FAST_TILES may name.
-With TRITON_INTERPRET=1, without a GPU, everything runs at toy sizes: a rehearsal, whose times mean nothing.
+Without a GPU bench/gpu.sh rehearses it at toy sizes in Triton's interpreter: times mean nothing there.
 """
 
 from __future__ import annotations
@@ -59,12 +59,10 @@ def _hardly_anything(
 def rehearse() -> None:
     """Have kernels run without a GPU, as tests/kernels does."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        sys.exit("vocabulary_kernels.py: PyTorch sees no NVIDIA GPU; TRITON_INTERPRET=1 rehearses without one")
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
-    from conftest import repair_interpreter
+        sys.exit("vocabulary_kernels.py: PyTorch sees no NVIDIA GPU; `REHEARSE=1 bash bench/gpu.sh 1` needs none")
+    sys.path.append(str(Path(__file__).parent.parent / "tests/kernels"))
     from partitions import stand_in
 
-    repair_interpreter()
     stand_in(overlapped, "_overlapped")
     stand_in(cooperative, "_cooperative")
 
@@ -103,7 +101,7 @@ def operands(rows: int, d_model: int, vocab: int) -> tuple[torch.Tensor, Head]:
 
 def shape(preset: str) -> tuple[int, int, int]:
     """Rows, d_model and vocabulary."""
-    return (ROWS, PRESETS[preset].d_model, PRESETS[preset].vocab) if ON_GPU else (20, 96, 330)
+    return (ROWS, PRESETS[preset].d_model, PRESETS[preset].vocab) if ON_GPU else (4, 64, 140)
 
 
 def all_tiles(kernels: list[str], d_model: int) -> dict[str, Tile]:
