@@ -164,6 +164,7 @@ class Case:
     launch: Callable[[], None]
     registers: dict[int, int]
     matrix: bool = True
+    spills: int = 0  #: more than elsewhere: a softcap's exponentials beside all else, once a tile
 
 
 ANY = {80: 255, 90: 255, 100: 255}
@@ -182,14 +183,16 @@ CASES = {
     "statistics bf16, d 576": Case(lambda: statistics(576, "bfloat16"), ANY),
     "statistics bf16, d 577": Case(lambda: statistics(577, "bfloat16"), ANY),
     "statistics bf16, lse": Case(lambda: statistics(4096, "bfloat16", everything=False), ANY),
-    "statistics fp16, softcap, bias": Case(lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY),
+    "statistics fp16, softcap, bias": Case(
+        lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY, spills=16
+    ),
     "statistics fp32": Case(lambda: statistics(768, "float32"), ANY, matrix=False),
     "statistics tf32": Case(lambda: statistics(768, "float32", precision="tf32"), ANY),
     "overlapped bf16, d 640": Case(lambda: overlapped(640, vocab=262_144), {90: 168}),
     "overlapped bf16, d 576": Case(lambda: overlapped(576, vocab=49_152), {90: 168}),
     "overlapped bf16, d 576, lse": Case(lambda: overlapped(576, everything=False), {90: 168}),
     "overlapped fp16, d 768, softcap, bias": Case(
-        lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}
+        lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}, spills=288
     ),
     "cooperative bf16": Case(lambda: cooperative(4096, 64), {90: 168}),
     "cooperative bf16, d 2048": Case(lambda: cooperative(2048, 32), {90: 168}),
@@ -229,7 +232,7 @@ def test_limits(name, architecture, version):
         assert report.shared <= SHARED_LIMIT[architecture]
         if not report.constants.get("MASK"):  # the tail is one tile of thousands, and its masks may spill
             allowed = 0 if (report.kernel, version) == ("_overlapped", "3.6") else SPILLS.get(report.kernel, 0)
-            assert report.spills <= allowed, f"{report.kernel} spills"
+            assert report.spills <= max(allowed, case.spills), f"{report.kernel} spills"
         if report.kernel in PRODUCTS and case.matrix:
             assert report.matrix.get(MATRIX[architecture], 0) > 0
         assert not report.serialised
