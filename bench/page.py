@@ -3,10 +3,12 @@
     tuned-lens-fast decode MODEL --file TEXT --out stats.safetensors
     python bench/page.py stats.safetensors --tokenizer MODEL
     python bench/page.py --page ANY.html
+    python bench/page.py --page ANY.html --view "s=rank&p=0.29.8" --picture FILE.png
 
 measures pages of the first 64, 512, ... positions, or a page that is there: its bytes, the time from opening it to its
 first picture, and the time from frame to frame while it scrolls, in one process of Chromium without a GPU. The first
-opening, which starts the browser's own processes, is not counted.
+opening, which starts the browser's own processes, is not counted. The last line takes a picture of a view instead: what
+follows # in the page's address.
 """
 
 import argparse
@@ -76,6 +78,15 @@ def measured(driver, path, repeats):
     }
 
 
+def photographed(driver, page, view, picture):
+    """``picture``: the window with the page in it, at that view."""
+    driver.set_window_rect(width=1500, height=1080)
+    driver.get(f"{page.resolve().as_uri()}#{view}")
+    driver.execute_async_script(OPENED)
+    time.sleep(1)
+    driver.save_screenshot(str(picture))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("stats", type=Path, nargs="?", help="what decode --out FILE.safetensors wrote")
@@ -83,6 +94,8 @@ def main():
     parser.add_argument("--positions", default="64,512,2048,8192")
     parser.add_argument("--page", type=Path, action="append", default=[], help="a page that is there")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--view", default="", help="of the page in --picture")
+    parser.add_argument("--picture", type=Path, help="a PNG to write in place of measuring")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         pages = [*args.page]
@@ -99,6 +112,9 @@ def main():
                 pages[-1].write_text(text, encoding="utf-8")
         driver = browser()
         try:
+            if args.picture is not None:
+                photographed(driver, pages[0], args.view, args.picture)
+                return
             measured(driver, pages[0], 1)
             for page in pages:
                 print(json.dumps({"page": page.name, **measured(driver, page, args.repeats)}), flush=True)
