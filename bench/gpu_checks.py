@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import torch
 from record import heading, write
 
 
@@ -29,17 +30,21 @@ def tests(path: Path) -> dict[str, Any] | None:
 
 
 def profile(path: Path) -> dict[str, str]:
-    """Metric -> value with its unit, of the one kernel that was profiled; empty where no profiler works."""
-    if not path.exists():
-        return {}
+    """Metric -> value with its unit, of the one kernel that was profiled; sections of advice are left out."""
     lines = [line for line in path.read_text().splitlines() if line.startswith('"')]
-    return {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in csv.DictReader(lines)}
+    rows = [row for row in csv.DictReader(lines) if row.get("Metric Name")]
+    kernel = {"kernel": rows[0]["Kernel Name"]} if rows else {}
+    return kernel | {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows}
 
 
 def main() -> None:
     scratch, out = Path(sys.argv[1]), Path(sys.argv[2])
-    found = {"tests": tests(scratch / "tests.xml"), "profile": profile(scratch / "profile.csv")}
-    write(out, {"kind": "gpu checks", **heading("gpu.sh", [], "cuda"), "command": "bash bench/gpu.sh", **found})
+    found = {
+        "tests": tests(scratch / "tests.xml"),
+        "profiles": {path.stem: profile(path) for path in sorted(scratch.glob("*.csv"))},
+    }
+    began = heading("gpu.sh", [], "cuda" if torch.cuda.is_available() else "cpu")
+    write(out, {"kind": "gpu checks", **began, "command": "bash bench/gpu.sh", **found})
     print(*(f"{name}: {value}" for name, value in found.items()), sep="\n")
 
 

@@ -31,7 +31,7 @@ from tuned_lens_fast.engines.interface import NO_TARGET, Readout
 from tuned_lens_fast.engines.losses import Derivative, losses, question
 
 #: Rows and tokens of the floor's products; the quickest of these counts.
-TILES = ((512, 2048), (512, 4096), (1024, 2048))
+TILES = {"cpu": ((512, 2048), (512, 4096), (1024, 2048)), "cuda": ((2048, 16_384), (8192, 8192), (8192, 32_768))}
 
 
 def two_products(problem: Problem, rows: int, width: int) -> Callable[[], None]:
@@ -90,7 +90,7 @@ def linear_cross_entropy(problem: Problem) -> Callable[[], None]:
     return step
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="smollm2-135m")
     parser.add_argument("--weights", choices=["real", "random"], default="random")
@@ -102,7 +102,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--with-linear-cross-entropy", action="store_true")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse(sys.argv[1:])
     device, dtype, budget = torch.device(options.device), getattr(torch, options.dtype), options.budget_mib * 2**20
     if options.weights == "real":
         problem = real_problem(options.preset, options.positions, dtype, options.device, budget)
@@ -110,11 +114,11 @@ def main() -> int:
         problem = random_problem(PRESETS[options.preset], options.positions, dtype, options.device, budget)
 
     calls: dict[str, Callable[[], Any]] = {
-        f"two products, {rows} x {width:,}": two_products(problem, rows, width) for rows, width in TILES
+        f"two products, {rows} x {width:,}": two_products(problem, rows, width) for rows, width in TILES[device.type]
     }
     floors = [*calls]
     for name, engine in ENGINES.items():
-        if engine.unavailable(device, dtype) is None and (name != "triton" or device.type == "cuda"):
+        if engine.unavailable(device, dtype) is None:
             calls[name] = ours(problem, name, options.loss, budget)
     if dtype == torch.float32:
         try:

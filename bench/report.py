@@ -48,10 +48,10 @@ What was measured, by which command, on which machine. `python bench/report.py` 
 `bench/results`; no figure is typed by hand.
 
 To measure a machine of your own: `python bench/run.py --suite native` or `--suite cpu` (all parts, or `--part` of
-them), or on a GPU `bash bench/gpu.sh`; `python bench/run.py --help` tells how to ask for other models, sizes and
-statistics. `python bench/run.py --compare A B` tells how far two runs are apart, and `make bench` how far the engines
-are from the last time. `python bench/static.py --architecture 80` (or 90, 100) needs no GPU: it predicts, from the
-kernels' machine code, what the statistics of a tile cost over its product.
+them), or on a GPU `bash bench/gpu.sh 1`, `2` and `3`; `python bench/run.py --help` tells how to ask for other models,
+sizes and statistics. `python bench/run.py --compare A B` tells how far two runs are apart, and `make bench` how far the
+engines are from the last time. `python bench/static.py --architecture 80` (or 90, 100) needs no GPU: it predicts, from
+the kernels' machine code, what the statistics of a tile cost over its product, and with `--ladder` what all of it does.
 
 How to read the tables:
 
@@ -166,6 +166,8 @@ def cell(entry: Result, per_second: float) -> str:
     if ratio is None:
         return time
     spread = f" ({ratio['q1']:.2f} to {ratio['q3']:.2f})" if seconds.get("calls", 0) > 1 else ""
+    if "queued_over_product" in entry:
+        spread += f", queued {entry['queued_over_product']:.2f}"
     return f"{time}, {ratio['median']:.2f}{spread}" + (" (one call)" if seconds.get("calls") == 1 else "")
 
 
@@ -374,9 +376,58 @@ def gpu_checks(result: Result) -> Iterator[str]:
             f"Tests on this GPU (`pytest -m gpu tests/gpu`): {found['tests']} in {found['seconds']:.0f} s, "
             f"{found['failures'] + found['errors']} failed, {found['skipped']} skipped{broken}.\n"
         )
-    if result["profile"]:
-        yield "The vocabulary pass under a profiler:\n"
-        yield from table(["counter", "value"], result["profile"].items())
+    for shape, counters in result.get("profiles", {}).items():
+        yield f"The vocabulary pass under a profiler, {shape}:\n"
+        yield from table(["counter", "value"], counters.items())
+
+
+def kernels(result: Result) -> Iterator[str]:
+    """The kernels of the vocabulary pass beside torch.mm."""
+    yield (
+        "The vocabulary pass alone, over torch.mm of the same rows; in parentheses, with all launches hidden behind "
+        "other work.\n"
+    )
+    for asked, cases in _by(result["cases"], "asked"):
+        header = [f"`{asked}`", *(f"{case['preset']}, {case['rows']:,} rows, d {case['d_model']}" for case in cases)]
+        names = dict.fromkeys(name for case in cases for name in case["tiles"])
+        found = [[case["tiles"].get(name) for case in cases] for name in names]
+        yield from table(
+            header,
+            (
+                [name, *((e and f"{e['over_product']:.3f} ({e['queued_over_product']:.3f})") or "" for e in entries)]
+                for name, entries in zip(names, found, strict=True)
+            ),
+        )
+
+
+def decode_kernels(result: Result) -> Iterator[str]:
+    """Where a decode's time goes, by kernel."""
+    for case in result["cases"]:
+        yield f"{case['preset']}, `{case['statistics']}`:\n"
+        rows = [
+            [name[:60], f"{1e3 * entry['seconds']:.3f}", f"{entry['launches']:,}"]
+            for name, entry in case["kernels"].items()
+        ]
+        yield from table(["kernel", "ms", "launches"], rows)
+
+
+def small_decodes(result: Result) -> Iterator[str]:
+    """Decodes of a few rows over reading W once."""
+    names = [name for name in result["cases"][0]["seconds"] if not name.startswith("W")]
+    rows = [
+        [
+            f"{case['preset']}, {case['rows']} rows",
+            f"{1e6 * case['read']:.0f}",
+            *(f"{case['seconds'][name]['median'] / case['read']:.2f}" for name in names),
+        ]
+        for case in result["cases"]
+    ]
+    yield from table(["", "W read once, us", *names], rows)
+
+
+def _by(cases: list[Result], key: str) -> Iterator[tuple[str, list[Result]]]:
+    for value in dict.fromkeys(case[key] for case in cases):
+        yield value, [case for case in cases if case[key] == value]
 
 
 def training_steps(result: Result) -> Iterator[str]:
@@ -426,6 +477,9 @@ KINDS = {
     "profile": profile,
     "long contexts": long_contexts,
     "gpu checks": gpu_checks,
+    "kernels": kernels,
+    "kernels of a decode": decode_kernels,
+    "small decodes": small_decodes,
     "losses": training_steps,
     "lens training": lens_training,
 }
@@ -436,7 +490,8 @@ def section(folder: Path, pictures: Path) -> Iterator[str]:
     suite = folder.name if folder.name in SUITES else "gpu"
     order = [*SUITES[suite]]
     paths = sorted(folder.glob("*.json"), key=lambda path: order.index(path.stem) if path.stem in order else len(order))
-    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    read = {path.stem: json.loads(path.read_text()) for path in paths}
+    results = {part: result for part, result in read.items() if "kind" in result}  # not tiles.json
     title = TITLES.get(folder.name, f"On a {'GPU' if next(iter(results.values()))['device'] == 'cuda' else 'CPU'}")
     yield f"## {title}{'' if folder.name in TITLES else f': {folder.name}'}\n"
     for words in dict.fromkeys(machine(result["environment"]) for result in results.values()):

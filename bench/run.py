@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from checking import Expected, expect, judge
 from contenders import CONTENDERS, Contender
-from measure import Race, interleaved, peak_growth, quantiles
+from measure import Race, interleaved, peak_growth, quantiles, timed
 from presets import BUDGET, PRESETS, Problem, problems, question
 from record import heading, write
 from suites import FULL, SUITES
@@ -56,6 +56,14 @@ def measure(some: list[tuple[Case, Problem]], contenders: list[Contender], optio
         for name, (seconds, _) in times.items():
             case["contenders"][name]["seconds"] = quantiles(seconds)
         sum_up(case)
+    for (case, _), race in zip(some, races, strict=True):
+        if options.queued and case["floor"] in race.calls:
+            own = {
+                name: min(timed(call, options.device, queued=True) for _ in range(3))
+                for name, call in race.calls.items()
+            }
+            for name, seconds in own.items():
+                case["contenders"][name]["queued_over_product"] = seconds / own[case["floor"]]
 
 
 def admit_all(
@@ -160,17 +168,33 @@ def every_case(options: argparse.Namespace) -> Iterator[tuple[Case, Problem]]:
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> dict[str, Any]:
-    """All cases of one comparison, as what is written to its JSON file."""
+    """All cases of one comparison, as what is written to its JSON file; it is written after every case.
+
+    Of a file that is there and unfinished, the cases are kept if it comes from the same command.
+    """
     contenders = [CONTENDERS[name] for name in options.contenders]
-    cases: list[Case] = []
+    settings = {"kind": "comparison", "weights": options.weights, "start": options.start}
+    result = {**heading("run.py", arguments, options.device), **settings}
+    cases = kept(options.out, result["command"])
     every = every_case(options)
     for some in [list(every)] if options.together else ([one] for one in every):
+        if all(any(case.items() <= old.items() for old in cases) for case, _ in some):
+            continue
         measure(some, contenders, options)
         for case, _ in some:
             show(case)
             cases.append(case)
-    settings = {"kind": "comparison", "weights": options.weights, "start": options.start}
-    return {**heading("run.py", arguments, options.device), **settings, "cases": cases}
+        if options.out:
+            write(options.out, {**result, "unfinished": True, "cases": cases})
+    return {**result, "cases": cases}
+
+
+def kept(out: Path | None, command: str) -> list[Case]:
+    """The cases of a run that was stopped."""
+    if out is None or not out.exists():
+        return []
+    before = json.loads(out.read_text())
+    return before["cases"] if before.get("unfinished") and before["command"] == command else []
 
 
 def promises_broken(result: dict[str, Any]) -> Iterator[str]:
@@ -218,7 +242,7 @@ def run_suite(name: str, folder: Path, parts: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts or SUITES[name]:
         out = folder / f"{part}.json"
-        if out.exists() and not parts:
+        if out.exists() and not parts and not json.loads(out.read_text()).get("unfinished"):
             print(f"{part}: already in {out}")
             continue
         script, *arguments = shlex.split(SUITES[name][part])
@@ -307,6 +331,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--together",
         action="store_true",
         help="all sizes take turns, so that a machine's slower minutes meet them all; nothing is shown before the end",
+    )
+    parser.add_argument(
+        "--queued",
+        action="store_true",
+        help="on a GPU, also the GPU's own time, with launches hidden behind other work",
     )
     parser.add_argument("--patience", type=float, default=10, help="seconds; a slower contender is called once")
     parser.add_argument("--sample", type=int, default=24, help="rows compared with float64")

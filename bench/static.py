@@ -1,6 +1,6 @@
 """Predicts, from machine code alone, what the statistics of a vocabulary tile cost over its product.
 
-    python bench/static.py [--architecture 90]
+    python bench/static.py [--architecture 90] [--ladder]
 
 The kernels of the vocabulary pass are cross-compiled (no GPU is needed) for several sets of statistics and widths, and
 their machine code is split into the product's loop and the epilogue: what happens to a tile of logits once its product
@@ -10,8 +10,12 @@ is done. Two times are predicted for a tile, both relative to the product alone:
     overlapped   the epilogue runs under another tile's product: the longest of the product, the instruction
                  issue of both, and any single pipe
 
+Of cooperative.py, whose groups of warps have half a tile each, "serial" is with both groups in step, and "overlapped"
+with the second held back: what is left of the epilogue beyond the steps that run under it.
+
 The epilogue's own time is the longest of its pipes and of its issue slots. These are predictions from the
-rates below, not measurements; they rank designs, and say which of them cannot reach a goal.
+rates below, not measurements; they rank designs, and say which of them cannot reach a goal. --ladder puts them together
+for the shapes of bench/gpu.sh: tile, schedule, the top k's bytes and kl's products, over the product of all rows.
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/kernels"))
 
 from compiling import PROCESSORS, SHARED_LIMIT, Report, compile_launches, meta
 
-WIDTHS = (576, 2048, 4096)
-#: Where overlapped.py has room (sm_90).
+WIDTHS = (576, 640, 2048, 4096)
+#: Where overlapped.py has room, and what cooperative.py is for (sm_90).
 FEW_FEATURES = (576, 640, 768)
+MANY_FEATURES = (2048, 4096)
 #: Sets of statistics, each with the cost of those before it: arguments of ``vocabulary_pass``.
 STATISTICS: dict[str, dict[str, Any]] = {
     "lse": {},
@@ -54,6 +59,8 @@ PRODUCT_EFFICIENCY = 0.80
 ISSUE_EFFICIENCY = {1: 0.55, 2: 0.75}
 #: Clocks to drain and fill the pipeline of loads between two tiles of a nested loop.
 REFILL = 800
+#: Of an H100: processors, clocks a second under a product's load, bytes a second of its memory.
+H100 = 132, 1.6e9, 2.5e12
 REGISTERS = 65_536
 SCHEDULERS = 4
 
@@ -184,7 +191,8 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
             count[program[i].pipe] += 2 if program[i].opcode in PAIRS else 1
         return count
 
-    warps = 4 if report.kernel == "_overlapped" else report.warps  # that a tile is done by
+    halves = report.kernel == "_cooperative"
+    warps = 4 if report.kernel == "_overlapped" or halves else report.warps  # that a tile is done by, or its half
     lanes = 32 * warps
     pipes = {pipe: n * lanes / rates[pipe] for pipe, n in operations(tile.epilogue).items() if pipe in rates}
     pipes["alu"] = pipes.get("alu", 0) + pipes.pop("convert", 0)  # they share a dispatch port
@@ -193,21 +201,23 @@ def predict(report: Report, rows: int, vocab: int, depth: int, d_model: int, arc
     product = 2 * rows * vocab * d_model / rates["matrix"] / PRODUCT_EFFICIENCY
     alone = max(issue / ISSUE_EFFICIENCY[min(2, max(1, warps // SCHEDULERS))], *pipes.values())
     overlapped = max(product, (issue + product_issue) / ISSUE_EFFICIENCY[2], *pipes.values())
+    if halves:  # the second group's last steps run under the first one's epilogue, and the other way round
+        lag = report.constants["LAG"]
+        assert isinstance(lag, int)
+        overlapped = product + max(0.0, alone - lag * product * depth / d_model / 2)
     programs = min(
         REGISTERS // (report.registers * 32 * report.warps), SHARED_LIMIT[architecture] // max(1, report.shared)
     )
     return Prediction(
-        len(tile.epilogue) * lanes / (rows * vocab),
-        (product + alone + (0 if tile.flat else REFILL)) / product,
+        len(tile.epilogue) * lanes / (rows * vocab) * (1 + halves),
+        (product + alone + (0 if tile.flat or halves else REFILL)) / product,
         overlapped / product,
         programs,
         tile.flat,
     )
 
 
-def launch(
-    d_model: int, softcap: bool = False, overlapped: bool = False, running: str = "", **wanted: bool
-) -> Callable[[], None]:
+def launch(d_model: int, kernel: str, softcap: bool = False, running: str = "", **wanted: bool) -> Callable[[], None]:
     """The vocabulary pass over 8,192 rows in bf16, with a vocabulary that leaves no tail."""
 
     def run() -> None:
@@ -215,14 +225,14 @@ def launch(
 
         from tuned_lens_fast.engines.interface import Head
         from tuned_lens_fast.kernels.launch import built_in_tile
-        from tuned_lens_fast.kernels.search import overlapped_candidates
+        from tuned_lens_fast.kernels.search import cooperative_candidates, overlapped_candidates
         from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
         x = meta(8192, d_model)
         head = Head(meta(131_072, d_model), softcap=30.0 if softcap else None)
         tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, d_model)
-        if overlapped:
-            tile = next(overlapped_candidates(d_model))
+        if kernel != "_vocabulary_pass":
+            tile = next({"_overlapped": overlapped_candidates, "_cooperative": cooperative_candidates}[kernel](d_model))
         targets = meta(8192, dtype="float32") if "r" in running else None
         vocabulary_pass(x, head, tile, target_logits=targets, running=running, **wanted)
 
@@ -230,9 +240,9 @@ def launch(
 
 
 #: Name of a kernel -> the widths it is compiled for.
-KERNELS = {"_vocabulary_pass": WIDTHS, "_overlapped": FEW_FEATURES}
+KERNELS = {"_vocabulary_pass": WIDTHS, "_overlapped": FEW_FEATURES, "_cooperative": MANY_FEATURES}
 LAUNCHES = {
-    f"{kernel}, {name}, d {d_model}": launch(d_model, overlapped=kernel == "_overlapped", **wanted)
+    f"{kernel}, {name}, d {d_model}": launch(d_model, kernel, **wanted)
     for kernel, widths in KERNELS.items()
     for name, wanted in STATISTICS.items()
     for d_model in widths
@@ -274,10 +284,64 @@ def table(kernel: str, architecture: int) -> Iterable[str]:
         yield f"| {' | '.join((name, *cells))} |"
 
 
+def ladder() -> Iterable[str]:
+    """What is predicted of every rung at 1,024 positions on an H100, kernel by kernel, as lines of a Markdown table."""
+    from presets import PRESETS
+    from suites import H100_SHAPES
+
+    from tuned_lens_fast.kernels.launch import Bands, Tile, merged_tiles
+
+    programs, clock, bandwidth = H100
+    presets = [PRESETS[name] for name in H100_SHAPES.split()]
+    wanted = {
+        (kernel, name, shape.d_model): (f"{kernel}, {name}, d {shape.d_model}", 90)
+        for kernel, widths in KERNELS.items()
+        for name in STATISTICS
+        for shape in presets
+        if shape.d_model in widths
+    }
+    reports = compile_launches(__file__, list(wanted.values()))
+    yield "| over torch.mm | " + " | ".join(f"d {shape.d_model}" for shape in presets) + " |"
+    yield "|---|" + "---:|" * len(presets)
+    for kernel in KERNELS:
+        for name in (*(name for name in STATISTICS if "softcap" not in name), "+ kl"):
+            cells = []
+            for shape in presets:
+                of_tile = "+ top-10 candidates" if name == "+ kl" else name
+                job = wanted.get((kernel, of_tile, shape.d_model))
+                if job is None:
+                    cells.append("")
+                    continue
+                [report] = [r for r in reports[job] if not isinstance(r, str) and r.kernel == kernel]
+                c = report.constants
+                bm, bn, bk = (int(str(c[dimension])) for dimension in ("BM", "BN", "BK"))
+                found = predict(report, bm, bn, bk, shape.d_model, 90)
+                top = "top-10" in of_tile
+                tile = Tile(bm, bn, bk, 8, 1)
+                merged = merged_tiles(shape.vocab, tile, 10, 2 * shape.d_model) if top else 1
+                rows = 1024 * shape.layers
+                most = max(1, 24 * 2**20 // (2 * bm * shape.d_model))
+                blocks, tiles = -(-rows // bm), shape.vocab // bn
+                waves = Bands.of(blocks, tiles, merged, programs, most).over_ideal(blocks, tiles, merged, programs)
+                product = 2 * rows * shape.d_model * shape.vocab / (programs * clock * RATES[90]["matrix"])
+                seconds = product / PRODUCT_EFFICIENCY
+                groups = shape.vocab / (tile.members * merged)
+                searched = 100 / (2 * groups) * tile.members * merged * 2 * shape.d_model
+                bytes_a_row = 12 * groups + searched if top else 0
+                total = (found.serial if kernel == "_vocabulary_pass" else found.overlapped) * waves
+                total += rows * bytes_a_row / bandwidth / seconds + (3 / shape.layers if name == "+ kl" else 0)
+                cells.append(f"{total:.2f}")
+            yield f"| {kernel}: {name} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", type=int, default=90, choices=sorted(PROCESSORS))
+    parser.add_argument("--ladder", action="store_true", help="every rung at the shapes of bench/gpu.sh, on an H100")
     arguments = parser.parse_args()
+    if arguments.ladder:
+        print(*ladder(), sep="\n")
+        return
     for kernel in KERNELS if arguments.architecture == 90 else ["_vocabulary_pass"]:
         print(*table(kernel, arguments.architecture), "", sep="\n")
 

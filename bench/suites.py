@@ -15,12 +15,39 @@ SWEPT = "--contenders product-tiles product-native native eager loop --together 
 SETTLED = "--together --rounds 30 --seconds 80 --patience 30"
 QUICKLY = "--together --rounds 12 --seconds 60 --least 4 --patience 30"
 SMOLLM2 = "run.py --preset smollm2-135m"
+TOY = "tiny --layers 1 --vocabulary 330"
 H100_SHAPES = "llama-3-8b qwen3-1.7b gemma-3-270m smollm2-135m"
 #: What the native engine is held against: x given, and the product alone as a user would write it.
 NATIVE = (
     "--contenders linear product product-tiles product-native native eager "
     "--rounds 12 --seconds 15 --within 0.03 --least 6"
 )
+
+
+def _gpu(
+    shapes: str, largest: str, smallest: str, positions: tuple[int, int, int], rows: str, rounds: int
+) -> dict[str, str]:
+    """The comparisons of bench/gpu.sh: presets and their options, few, many and most positions, few rows."""
+    few, many, most = positions
+    presets, walked = shapes.partition(" --")[0], f"--start head --rounds {rounds} --least 1 --seconds 1.5"
+    return {
+        "ladder": f"run.py --preset {shapes} {walked} --queued --positions {few} {many} {LADDER}"
+        "--contenders product triton scratch cut-cross-entropy liger-kernel",
+        "ladder-again": f"run.py --preset {shapes} {walked} --queued --positions {few} {LADDER}"
+        "--contenders product triton",
+        "every-statistic": f"run.py --preset {shapes} {walked} --positions {few} --statistics {EVERY} --sample 48 "
+        "--contenders product triton",
+        "native-engine": f"run.py --preset {shapes} {walked} --positions {few} --statistics {FULL} "
+        "--contenders product triton native",
+        "kl-errors": f"run.py --preset {largest} {walked} --positions {few} --statistics {FULL} --sample 96 "
+        "--contenders product triton",
+        "memory": f"run.py --preset {largest} --rounds 1 --least 1 --positions {most} --statistics {FULL} "
+        "--contenders product triton",
+        "loss": f"loss.py --preset {largest.split()[0]} --positions {few} --dtype bfloat16 --rounds 3",
+        "loss-few-features": f"loss.py --preset {smallest.split()[0]} --positions {few} --dtype bfloat16 --rounds 3",
+        "small-decodes": f"small_decodes.py --preset {presets} --rows {rows} --rounds {3 * rounds}",
+    }
+
 
 #: Suite -> part -> the script and its arguments.
 SUITES: dict[str, dict[str, str]] = {
@@ -47,15 +74,12 @@ SUITES: dict[str, dict[str, str]] = {
         "profile": "profile_decode.py --preset smollm2-135m --weights real --positions 32",
     },
     "gpu": {
-        "ladder": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --rounds 8 {LADDER}"
-        "--contenders product triton native scratch linear_cross_entropy cut-cross-entropy liger-kernel",
-        "every-statistic": f"run.py --preset {H100_SHAPES} --start head --positions 1024 --statistics {EVERY} "
-        "--contenders product triton --rounds 3 --sample 48",
-        "memory": f"run.py --preset llama-3-8b --positions 512 2048 8192 --statistics {FULL} "
-        "--contenders product triton --rounds 3",
+        **_gpu(H100_SHAPES, "llama-3-8b", "smollm2-135m", (1024, 4096, 8192), "1 8 64", 6),
         "gemma-3-270m": f"run.py --preset gemma-3-270m --positions 256 1024 4096 --statistics {FULL} --rounds 5",
         "profile": "profile_decode.py --preset llama-3-8b --positions 1024 --ceiling-mib 2048",
     },
+    # The same at toy sizes: what bench/gpu.sh runs without a GPU, so that no mistyped word takes the time of one.
+    "rehearsal": _gpu(TOY, TOY, "tiny", (2, 3, 2), "1 2", 1),
     "training": {
         "kl": "loss.py --weights real --loss kl --rounds 3",
         "ce": "loss.py --weights real --loss ce --rounds 3",

@@ -8,6 +8,8 @@ TUNED_LENS_FAST_TILES, goes before them.
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
 import json
 import os
 from dataclasses import dataclass, replace
@@ -37,6 +39,8 @@ class Tile:
     flat: bool = False  #: one loop over tiles and depth, so that loads run on under the statistics of a tile
     merged: int = 1  #: tiles whose groups of columns are one group to the top k
     overlapped: bool = False  #: by overlapped.py: two groups of warps in turn, half of ``warps`` each
+    cooperative: bool = False  #: by cooperative.py: two groups of warps with half of the rows each
+    lag: int = 0  #: of the second of these groups, in steps of block_depth
     precision: Precision = "ieee"
 
     @property
@@ -44,7 +48,7 @@ class Tile:
         return self.block_vocab // 8
 
     def without_tma(self) -> Tile:
-        return replace(self, tma=False, flat=False, overlapped=False)
+        return replace(self, tma=False, flat=False, overlapped=False, cooperative=False, lag=0)
 
 
 def head_arguments(head: Head) -> dict[str, Any]:
@@ -120,59 +124,178 @@ def built_in_tile(
     return Tile(128, 64, 64, warps=8, stages=3) if top_k else Tile(128, 128, 32, warps=8, stages=3)
 
 
-def merged_tiles(vocab: int, tile: Tile, top_k: int) -> int:
-    """How many tiles share their groups: fewer groups are fewer numbers to write, read and search.
+def merged_tiles(vocab: int, tile: Tile, top_k: int, row_bytes: int) -> int:
+    """How many tiles share their groups, ``row_bytes`` being those of a row of W.
 
-    But a larger group holds two of the top k more often, and then all its members are multiplied again: of G groups
-    one does in k * k / 2G rows. 8 k * k groups keep that to one row in sixteen.
+    Larger groups are fewer numbers to write, read and search, 12 bytes each: two of every group are written, one is
+    read. But of G groups one holds two of the top k in k * k / 2G rows, and then all its members are multiplied again.
+    Whatever that costs, no more than one row in eight, or some would have more such groups than there is room for.
     """
-    return next((merged for merged in (4, 2) if vocab // (tile.members * merged) >= 8 * top_k * top_k), 1)
 
+    def bytes_a_row(merged: int) -> float:
+        members = tile.members * merged
+        groups = vocab / members
+        return 12 * groups + top_k * top_k / (2 * groups) * members * row_bytes
 
-def row_band(d_model: int, itemsize: int, tile: Tile) -> int:
-    """Row blocks that run side by side: as many as leave half of a 50 MB L2 cache to the vocabulary."""
-    return max(1, 24 * 2**20 // (tile.block_rows * d_model * itemsize))
+    few = [merged for merged in (2, 4) if vocab // (tile.members * merged) >= 4 * top_k * top_k]
+    return min((1, *few), key=bytes_a_row)
 
 
 @functools.lru_cache(maxsize=1024)
-def vocabulary_splits(row_blocks: int, tiles: int, programs: int, band: int) -> int:
-    """Into how many slices the vocabulary is cut so that ``programs`` processors finish together.
+def vocabulary_splits(row_blocks: int, tiles: int, programs: int) -> int:
+    """Into how many slices of one length the vocabulary is cut so that ``programs`` processors finish together.
 
-    A program costs its tiles and about half a tile to start; the last wave is as long as a full one. No fewer slices
-    than let a band of row blocks occupy all processors: more row blocks at once would not stay in L2.
+    A program costs its tiles and about half a tile to start; the last wave is as long as a full one.
     """
 
     def waves(splits: int) -> float:
-        return -(-row_blocks * splits // programs) * (-(-tiles // splits) + 0.5)
+        return -(-row_blocks * splits // programs) * (-(-tiles // splits) + START)
 
-    least = min(tiles, -(-programs // band))
-    return min(range(max(1, least), max(least, min(tiles, 512)) + 1), key=waves)
+    least = min(tiles, -(-programs // row_blocks))
+    return min(range(least, max(least, min(tiles, 512)) + 1), key=waves)
+
+
+#: What a program costs before its first tile, in tiles.
+START = 0.5
+#: Slices of a band, at most: each costs 16 bytes of state a row.
+MOST_SLICES = 512
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Row blocks in the order in which they are decoded: bands of so many, each with a few slices of the vocabulary.
+
+    Programs that run together form a band, so that both operands stay in L2. The last band has what is left of the row
+    blocks, from one up to as many as the others, and is cut anew.
+    """
+
+    size: int  #: row blocks of a band that is not the last
+    splits: int  #: slices of the vocabulary in such a band
+    last_splits: int
+
+    def rest(self, row_blocks: int) -> int:
+        """Row blocks of the last band."""
+        return (row_blocks - 1) % self.size + 1
+
+    def lengths(self, splits: int, tiles: int, merged: int) -> list[int]:
+        """Tiles of every slice: multiples of ``merged``, as even as can be, the longer first."""
+        units = -(-tiles // merged)
+        found = [(units // splits + (i < units % splits)) * merged for i in range(splits)]
+        found[-1] -= units * merged - tiles
+        return found
+
+    def over_ideal(self, row_blocks: int, tiles: int, merged: int, programs: int) -> float:
+        """Time of so many programs side by side over that of their tiles alone, evenly shared."""
+        busy, rest = [(0.0, programs)], self.rest(row_blocks)
+        for _ in range((row_blocks - rest) // self.size):
+            busy = _take_next(busy, self.size, self.lengths(self.splits, tiles, merged))
+        busy = _take_next(busy, rest, self.lengths(self.last_splits, tiles, merged))
+        return busy[-1][0] * programs / (row_blocks * tiles)
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(row_blocks: int, tiles: int, merged: int, programs: int, most: int) -> Bands:
+        """Those by which ``programs`` processors, each taking what is next, are done first.
+
+        Slices are multiples of ``merged`` tiles, since a slot belongs to one program. No more than ``most`` row blocks
+        side by side stay in L2, and far fewer would have W read again and again.
+        """
+        units = -(-tiles // merged)
+        least = min(units, MOST_SLICES, -(-programs // most))
+        some = range(least, min(least + 4, programs, units + 1))
+        sizes = {min(programs // splits, most, row_blocks): splits for splits in some} | {min(most, row_blocks): least}
+        best: tuple[float, int, Bands] | None = None
+        for size, splits in sizes.items():
+            bands = Bands(size, splits, 1)
+            rest = bands.rest(row_blocks)
+            busy = [(0.0, programs)]
+            for _ in range((row_blocks - rest) // bands.size):
+                busy = _take_next(busy, bands.size, bands.lengths(splits, tiles, merged))
+            # Of all numbers of slices those whose longest is shorter, down to as many as are done four at a time.
+            enough = min(MOST_SLICES, max(1, 4 * programs // rest))
+            for last_splits in sorted({-(-units // length) for length in range(1, units + 1)}):
+                if last_splits > enough:
+                    break
+                end = _take_next(busy, rest, bands.lengths(last_splits, tiles, merged))[-1][0]
+                if best is None or (end, last_splits) < best[:2]:
+                    best = end, last_splits, replace(bands, last_splits=last_splits)
+        assert best is not None
+        return best[2]
+
+
+def _take_next(busy: list[tuple[float, int]], row_blocks: int, lengths: list[int]) -> list[tuple[float, int]]:
+    """When how many processors are free, in ascending order, once a band's slices each went to the one free first."""
+    heap = list(busy)
+    for length, slices in itertools.groupby(lengths):
+        left = row_blocks * len(list(slices))
+        while left:
+            time, count = heapq.heappop(heap)
+            while heap and heap[0][0] == time:
+                count += heapq.heappop(heap)[1]
+            taken = min(count, left)
+            left -= taken
+            heapq.heappush(heap, (time + START + length, taken))
+            if count > taken:
+                heapq.heappush(heap, (time, count - taken))
+    return sorted(heap)
 
 
 @dataclass(frozen=True)
 class Partition:
     """How a vocabulary pass shares rows and vocabulary among programs."""
 
+    rows: int
+    block_rows: int
     groups: int  #: of columns; token = member * groups + group
     tiles: int  #: that are whole
-    tiles_per_split: int
-    splits: int  #: slices of the whole tiles
-    row_blocks: int
-    band: int
+    bands: Bands
+    parts: int  #: of a row's state that a slice leaves
     slots: int  #: for groups' maxima in a row: of whole tiles, left-over groups and left-over tokens, eight each
     place_mask: int  #: clears the bits of a logit in which a place is kept
     tail: tuple[bool, bool]  #: whether there are left-over groups, and left-over tokens
+
+    @property
+    def row_blocks(self) -> int:
+        return triton.cdiv(self.rows, self.block_rows)
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of all bands but the last."""
+        return (self.row_blocks - self.bands.rest(self.row_blocks)) * self.block_rows
+
+    @property
+    def items(self) -> int:
+        """Pairs of a row block and a slice of the whole tiles."""
+        full_blocks = self.full_rows // self.block_rows
+        return full_blocks * self.bands.splits + (self.row_blocks - full_blocks) * self.bands.last_splits
+
+    @property
+    def states(self) -> int:
+        """Pairs of a row and a part of its state, of the whole tiles."""
+        last = (self.rows - self.full_rows) * self.bands.last_splits
+        return self.parts * (self.full_rows * self.bands.splits + last)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all parts of the rows' state."""
+        return 16 * (self.states + self.rows * any(self.tail))
+
+    def arguments(self) -> tuple[int, int, int, int, int]:
+        """What running_state.py's ``item_of`` is told of it."""
+        return self.tiles, self.row_blocks, self.bands.size, self.bands.splits, self.bands.last_splits
 
     @classmethod
     def of(cls, rows: int, head: Head, tile: Tile) -> Partition:
         groups = head.vocab // tile.members
         tiles = groups // 8
         row_blocks = triton.cdiv(rows, tile.block_rows)
-        band = row_band(head.weight.shape[1], head.weight.element_size(), tile)
-        splits = vocabulary_splits(row_blocks, tiles, processors(head.weight.device), band) if tiles else 1
-        # A slot belongs to one program.
-        per_split = triton.cdiv(triton.cdiv(tiles, splits), tile.merged) * tile.merged
+        # As many row blocks side by side as leave half of a 50 MB L2 cache to the vocabulary.
+        row_bytes = head.weight.shape[1] * head.weight.element_size()
+        most = max(1, 24 * 2**20 // (tile.block_rows * row_bytes))
+        bands = Bands(row_blocks, 0, 0)
+        if tiles:
+            bands = Bands.of(row_blocks, tiles, tile.merged, processors(head.weight.device), most)
         tail = groups % 8 > 0, head.vocab % tile.members > 0
         slots = 8 * (triton.cdiv(tiles, tile.merged) + sum(tail))
-        mask = ~(tile.members * tile.merged - 1)
-        return cls(groups, tiles, per_split, triton.cdiv(tiles, max(1, per_split)), row_blocks, band, slots, mask, tail)
+        place_mask = ~(tile.members * tile.merged - 1)
+        return cls(rows, tile.block_rows, groups, tiles, bands, 1 + tile.overlapped, slots, place_mask, tail)

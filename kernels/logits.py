@@ -40,6 +40,30 @@ def finish_logits(
 
 
 @triton.jit
+def tile_logits(
+    x,  # [rows, D]
+    w,  # [V, D]
+    bias,  # [V]
+    row,  # int64 [BM]
+    token,  # int64 [BN]
+    row_mask,  # bool [BM]
+    token_mask,  # bool [BN]
+    stride_x, stride_w, scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Logits ``[BM, BN]``."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, D, BK):
+        depth = k + tl.arange(0, BK)
+        deep = (depth < D)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + depth[None, :], mask=row_mask[:, None] & deep, other=0.0)
+        b = tl.load(w + token[:, None] * stride_w + depth[None, :], mask=token_mask[:, None] & deep, other=0.0)
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    return finish_logits(acc, bias, token, token_mask, scale, softcap, BIAS, SCALE, SOFTCAP, True)
+
+
+@triton.jit
 def token_of(
     slot,  # int [...]
     place,  # int [...], of a member within the slot

@@ -27,13 +27,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tuned_lens_fast.kernels.launch import Partition, Tile, head_arguments
 from tuned_lens_fast.kernels.logits import EMPTY, MASKED
-from tuned_lens_fast.kernels.running_state import add_tile, program_of, store_state
+from tuned_lens_fast.kernels.running_state import add_tile, item_of, store_state
 
 if TYPE_CHECKING:
     from tuned_lens_fast.engines.interface import Head
 
 #: Arguments that change from launch to launch: one compiled kernel serves them all.
-_SIZES = ["R", "V", "groups", "tiles", "tiles_per_split", "row_blocks", "splits", "slots8"]
+_SIZES = ["R", "V", "groups", "tiles", "row_blocks", "band", "splits", "last_splits", "slots8"]
 #: Triton 3.6 calls it async_copy_global_to_shared.
 _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -93,7 +93,7 @@ def _copy(
 def _take_turns(
     WHO: gl.constexpr,
     target_logits,  # fp32 [R]
-    state,  # fp32 [parts, 4, R]
+    state,  # fp32, see running_state.py
     group_maxima,  # fp32 [R, 2, slots]
     x_here,  # barrier
     filled,  # barriers [STAGES], as free
@@ -101,7 +101,7 @@ def _take_turns(
     turn,  # barriers [2]
     x_rows,  # shared [STEPS, BM, BK]
     ring,  # shared [STAGES, MEMBERS, 8, BK]
-    row, start, stop, R, V, groups, split, slots8, place_mask,
+    block, start, stop, split, R, V, groups, row_blocks, band, splits, last_splits, slots8, place_mask,
     bias,  # [V]
     scale, softcap,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
@@ -110,6 +110,7 @@ def _take_turns(
 ):  # fmt: skip
     """One of the two groups of warps: multiplies its tiles, and takes their statistics while the other multiplies."""
     MEMBERS: gl.constexpr = BN // 8
+    row = block * BM
     logits: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], instr_shape=[16, BN, 16])
     column = gl.arange(0, BN, gl.SliceLayout(0, logits))
     nothing = gl.zeros([BM, BN], gl.float32, logits)
@@ -167,7 +168,10 @@ def _take_turns(
             scale, softcap, place_mask, BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, False, ENTROPY, RANK, TOP,
             _in_layout_of,
         )  # fmt: skip
-    store_state(m, s, t, above, state, rows, row_mask, 2 * split + WHO, R, ENTROPY, RANK)
+    store_state(
+        m, s, t, above, state, block, rows, row_mask, 2 * split + WHO, R, row_blocks, band, splits, last_splits,
+        BM, 2, ENTROPY, RANK,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_SIZES)
@@ -175,20 +179,17 @@ def _overlapped(
     x,  # descriptor of [R, D]
     w,  # that of [MEMBERS, groups, D]
     target_logits,  # fp32 [R]
-    state,  # fp32 [parts, 4, R]
+    state,  # fp32, see running_state.py
     group_maxima,  # fp32 [R, 2, slots]
-    R, V, groups, tiles, tiles_per_split, row_blocks, splits, slots8, place_mask,
+    R, V, groups, tiles, row_blocks, band, splits, last_splits, slots8, place_mask,
     bias,  # [V]
     scale, softcap,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STEPS: gl.constexpr, STAGES: gl.constexpr,
     MERGED: gl.constexpr, BIAS: gl.constexpr, SCALE: gl.constexpr, SOFTCAP: gl.constexpr, ENTROPY: gl.constexpr,
     RANK: gl.constexpr, TOP: gl.constexpr,
 ):  # fmt: skip
     """Two parts of the state of a block of rows: a program's two groups of warps share its slice of the vocabulary."""
-    block, split = program_of(gl.program_id(0), row_blocks, splits, BAND)
-    row = block * BM
-    start = split * tiles_per_split
-    stop = gl.minimum(start + tiles_per_split, tiles)
+    block, start, stop, split = item_of(gl.program_id(0), tiles, row_blocks, band, splits, last_splits, MERGED)
     x_rows = gl.allocate_shared_memory(x.dtype, [STEPS, BM, BK], x.layout)
     ring = gl.allocate_shared_memory(w.dtype, [STAGES, BN // 8, 8, BK], w.layout)
     x_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -204,13 +205,15 @@ def _overlapped(
     # Written out twice: Gluon puts no tuples together that hold constants and what is not there.
     gl.warp_specialize(
         [
-            (_take_turns, (0, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start,
-                           stop, R, V, groups, split, slots8, place_mask, bias, scale, softcap, BM, BN, BK, STEPS,
-                           STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
-            (_take_turns, (1, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, row, start,
-                           stop, R, V, groups, split, slots8, place_mask, bias, scale, softcap, BM, BN, BK, STEPS,
-                           STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK, TOP)),
-            (_copy, (x, w, x_here, filled, free, x_rows, ring, row, start, stop, BK, STEPS, STAGES, MERGED)),
+            (_take_turns, (0, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, block,
+                           start, stop, split, R, V, groups, row_blocks, band, splits, last_splits, slots8, place_mask,
+                           bias, scale, softcap, BM, BN, BK, STEPS, STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK,
+                           TOP)),
+            (_take_turns, (1, target_logits, state, group_maxima, x_here, filled, free, turn, x_rows, ring, block,
+                           start, stop, split, R, V, groups, row_blocks, band, splits, last_splits, slots8, place_mask,
+                           bias, scale, softcap, BM, BN, BK, STEPS, STAGES, MERGED, BIAS, SCALE, SOFTCAP, ENTROPY, RANK,
+                           TOP)),
+            (_copy, (x, w, x_here, filled, free, x_rows, ring, block * BM, start, stop, BK, STEPS, STAGES, MERGED)),
         ],
         [4, 1],
         [240, 24],
@@ -223,6 +226,16 @@ def shared_bytes(tile: Tile, d_model: int) -> int:
     return 2 * tile.block_depth * (steps * tile.block_rows + tile.stages * tile.block_vocab) + 8 * (3 + 2 * tile.stages)
 
 
+def descriptors(x: Tensor, head: Head, tile: Tile, partition: Partition) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """What the copy engine is told of x, a block of rows at a time, and of W, seen as in vocabulary_pass.py."""
+    weight, depth, groups = head.weight, tile.block_depth, partition.groups
+    stride = weight.stride(0)
+    flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
+    a = TensorDescriptor(x, [*x.shape], [x.stride(0), 1], [tile.block_rows, depth], flat)
+    shape, block = [tile.members, groups, x.shape[1]], [tile.members, 8, depth]
+    return a, TensorDescriptor(weight, shape, [groups * stride, stride, 1], block, deep)
+
+
 def whole_tiles(
     x: Tensor, head: Head, tile: Tile, partition: Partition,
     target_logits: Tensor | None, state: Tensor, group_maxima: Tensor | None, asked: dict[str, bool],
@@ -232,7 +245,7 @@ def whole_tiles(
     Args:
         x: ``[rows, d_model]``, as the head's weight of one 16-bit dtype, rows 16 bytes apart or a multiple.
         target_logits: fp32 ``[rows]`` where a rank is wanted.
-        state: fp32 ``[2 * splits + ..., 4, rows]``, of which the first two a slice are written.
+        state: fp32, room for the partition's ``states``, two a row and slice.
         group_maxima: fp32 ``[rows, 2, slots]`` where a top k is wanted.
         asked: ENTROPY, RANK and TOP of the kernel.
 
@@ -241,19 +254,11 @@ def whole_tiles(
     """
     if tile.stages < 2 or tile.warps != 8:
         raise ValueError(f"tile: got {tile}, wanted 8 warps and 2 stages at least of one that is overlapped")
-    rows, d_model = x.shape
-    weight, depth = head.weight, tile.block_depth
-    stride = weight.stride(0)
-    groups = partition.groups
-    flat, deep = (gl.NVMMASharedLayout(2 * depth, element_bitwidth=16, rank=rank) for rank in (2, 3))
-    a = TensorDescriptor(x, [rows, d_model], [x.stride(0), 1], [tile.block_rows, depth], flat)
-    b = TensorDescriptor(
-        weight, [tile.members, groups, d_model], [groups * stride, stride, 1], [tile.members, 8, depth], deep
-    )
-    _overlapped[(partition.row_blocks * partition.splits,)](
-        a, b, target_logits, state, group_maxima,
-        rows, head.vocab, groups, partition.tiles, partition.tiles_per_split, partition.row_blocks, partition.splits,
-        partition.slots // 8, partition.place_mask, **head_arguments(head),
-        BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(d_model, depth), STAGES=tile.stages,
-        BAND=partition.band, MERGED=tile.merged, **asked, num_warps=tile.warps // 2, enable_fp_fusion=True,
+    depth = tile.block_depth
+    _overlapped[(partition.items,)](
+        *descriptors(x, head, tile, partition), target_logits, state, group_maxima,
+        len(x), head.vocab, partition.groups, *partition.arguments(), partition.slots // 8, partition.place_mask,
+        **head_arguments(head),
+        BM=tile.block_rows, BN=tile.block_vocab, BK=depth, STEPS=triton.cdiv(x.shape[1], depth), STAGES=tile.stages,
+        MERGED=tile.merged, **asked, num_warps=tile.warps // 2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -11,11 +11,44 @@ import triton.language as tl
 
 from tuned_lens_fast.kernels.logits import LOG2E, MASKED, finish_logits
 
+#: Its interpreter has no instructions.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _best_two(a1, a2, b1, b2):
     """The two largest of a1 >= a2 and b1 >= b2."""
     return tl.maximum(a1, b1), tl.maximum(tl.minimum(a1, b1), tl.maximum(a2, b2))
+
+
+@triton.jit
+def _two_maxima(a1, a2, b1, b2):
+    return tl.maximum(a1, b1), tl.maximum(a2, b2)
+
+
+@triton.jit
+def steepness(target):
+    """A power of two by which ``target`` stays finite, and logits that differ from it by 2^-100 are 1 apart from it."""
+    return tl.where(tl.abs(target) < 2.0**27, 2.0**100, 2.0**20)
+
+
+@triton.jit
+def is_above(z, target, BM: tl.constexpr, MEMBERS: tl.constexpr):
+    """1.0 where a logit of z ``[BM, MEMBERS, 8]`` is above its row's target, else 0.0.
+
+    A comparison is work for the pipe that has most to do. (z - target) * 2^100, clamped to [0, 1] by the very
+    instruction that computes it, is work for another; its product is exact, so that its sign is right.
+    """
+    if INTERPRETED:
+        above = tl.where(z > target[:, None, None], 1.0, 0.0)
+    else:
+        steep = steepness(target)
+        below = (target * -steep)[:, None, None].broadcast_to(BM, MEMBERS, 8)
+        steep = steep[:, None, None].broadcast_to(BM, MEMBERS, 8)
+        above = tl.inline_asm_elementwise(
+            "fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [z, steep, below], tl.float32, True, 1
+        )
+    return above
 
 
 @triton.jit
@@ -58,18 +91,24 @@ def add_tile(
     if MASK:
         acc = tl.where(valid[None, :], acc, MASKED)
     z = acc.reshape(BM, MEMBERS, 8)
-    tile_largest = tl.max(z, 1)
     if TOP:
-        key = ((acc.to(tl.int32, bitcast=True) & place_mask) | member[None, :]).to(tl.float32, bitcast=True)
-        low, high = tl.split(key.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
-        tile_first, tile_second = tl.reduce((tl.maximum(low, high), tl.minimum(low, high)), 1, _best_two)
-        tile_first, tile_second = LAID_OUT_AS(tile_first, tile_largest), LAID_OUT_AS(tile_second, tile_largest)
+        # Of every two members the larger gets a place; which of the two it is, the maxima of even and odd members tell.
+        even, odd = tl.split(acc.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
+        of_even, of_odd = tl.reduce((even, odd), 1, _two_maxima)
+        places = (acc.to(tl.int32, bitcast=True) & 0) | member[None, :]  # in the layout of acc
+        place, _ = tl.split(places.reshape(BM, MEMBERS // 2, 2, 8).permute(0, 1, 3, 2))
+        key = ((tl.maximum(even, odd).to(tl.int32, bitcast=True) & place_mask) | place).to(tl.float32, bitcast=True)
+        tile_first, tile_second = tl.reduce((key, tl.minimum(even, odd)), 1, _best_two)
+        of_even, of_odd = LAID_OUT_AS(of_even, m), LAID_OUT_AS(of_odd, m)
+        tile_first, tile_second = LAID_OUT_AS(tile_first, m), LAID_OUT_AS(tile_second, m)
+        tile_largest = tl.maximum(of_even, of_odd)
+        is_odd = tl.where(of_odd > of_even, 1, 0)
+        tile_first = (tile_first.to(tl.int32, bitcast=True) | is_odd).to(tl.float32, bitcast=True)
         if MERGED == 1:
             largest, first, second = tile_largest, tile_first, tile_second
         else:
             # What the tiles before it in the same slot had; the slot is written anew with every tile, and stays in L2.
             tile_first = (tile_first.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
-            tile_second = (tile_second.to(tl.int32, bitcast=True) | part * MEMBERS).to(tl.float32, bitcast=True)
             largest = tl.maximum(tl.where(part == 0, MASKED, largest), tile_largest)
             first = tl.where(part == 0, MASKED, first)
             second = tl.where(part == 0, MASKED, second)
@@ -79,6 +118,8 @@ def add_tile(
         at = group_maxima + rows.to(tl.int64)[:, None] * (2 * slots) + slot * 8 + group[None, :]
         tl.store(at, largest, mask=row_mask[:, None])
         tl.store(at + slots, packed, mask=row_mask[:, None])
+    else:
+        tile_largest = tl.max(z, 1)
     # The running maximum is kept to base 2: multiplied by LOG2E anew at each use, its rounding would not cancel.
     m_new = tl.maximum(m, tile_largest * LOG2E)
     shift = m - m_new
@@ -89,7 +130,7 @@ def add_tile(
         t = decay * tl.fma(shift, s, t) + tl.sum(p * y, 1)
     s = tl.fma(s, decay, tl.sum(p, 1))
     if RANK:
-        above += tl.sum(tl.where(z > target_logit[:, None, None], 1.0, 0.0), 1)
+        above += tl.sum(is_above(z, target_logit, BM, MEMBERS), 1)
     return m_new, s, t, above, largest, first, second
 
 
@@ -97,32 +138,56 @@ def add_tile(
 def store_state(
     m,  # fp32 [BM, 8], as s, t and above
     s, t, above,
-    state,  # fp32 [parts, 4, R]
+    state,  # fp32 [...], the parts of all rows: see state_of
+    block,
     rows,  # int [BM]
     row_mask,  # bool [BM]
-    part, R,
-    ENTROPY: tl.constexpr, RANK: tl.constexpr,
+    part,
+    R, row_blocks, band, splits, last_splits,
+    BM: tl.constexpr, PARTS: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """What a program knows of its rows in the end, as one part of ``state``."""
+    """What a program knows of its rows in the end, as one part of their state."""
     m_row = tl.max(m, 1)
     shift = m - m_row[:, None]
     decay = tl.exp2(shift)
-    at = state + part.to(tl.int64) * 4 * R + rows
+    full_rows = (row_blocks - 1) // band * band * BM
+    first, n_rows = state_of(block * BM >= full_rows, full_rows, R, splits * PARTS)
+    at = state + first + part.to(tl.int64) * 4 * n_rows + rows
     tl.store(at, m_row, mask=row_mask)
-    tl.store(at + R, tl.sum(s * decay, 1), mask=row_mask)
+    tl.store(at + n_rows, tl.sum(s * decay, 1), mask=row_mask)
     if ENTROPY:
-        tl.store(at + 2 * R, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
+        tl.store(at + 2 * n_rows, tl.sum(decay * tl.fma(shift, s, t), 1), mask=row_mask)
     if RANK:
-        tl.store(at + 3 * R, tl.sum(above, 1), mask=row_mask)
+        tl.store(at + 3 * n_rows, tl.sum(above, 1), mask=row_mask)
 
 
 @triton.jit
-def program_of(pid, row_blocks, splits, BAND: tl.constexpr):
-    """The block of rows and the slice of the vocabulary that are a program's.
+def state_of(in_last_band, full_rows, R, parts):
+    """Where the state of rows lies: that of the bands' rows as fp32 [parts, 4, full_rows], then that of the last
+    band's, which has as many parts as the last band has.
 
-    Programs that run together form a band of row blocks times a few slices, so that both operands stay in L2.
+    Of row r the first number is at the first result + r; the second is the distance from one number to the next.
     """
-    band = pid // (BAND * splits)
-    band_rows = tl.minimum(row_blocks - band * BAND, BAND)
-    within = pid - band * (BAND * splits)
-    return band * BAND + within % band_rows, within // band_rows
+    first = tl.where(in_last_band, (4 * parts).to(tl.int64) * full_rows - full_rows, 0)
+    return first, tl.where(in_last_band, R - full_rows, full_rows)
+
+
+@triton.jit
+def item_of(item, tiles, row_blocks, band, splits, last_splits, MERGED: tl.constexpr):
+    """Of one item of a Partition: the block of rows, the first tile, the tile after the last, the slice's number.
+
+    Items follow one another band by band, so that programs that run together have their operands in L2; the last band
+    is cut anew (launch.py). Slices begin where a slot does.
+    """
+    full_blocks = (row_blocks - 1) // band * band
+    in_last = item >= full_blocks * splits
+    first_block = tl.where(in_last, full_blocks, item // (band * tl.maximum(splits, 1)) * band)
+    within = item - first_block * splits
+    blocks = tl.where(in_last, row_blocks - full_blocks, band)
+    count = tl.where(in_last, last_splits, splits)
+    split = within // blocks
+    units = (tiles + MERGED - 1) // MERGED
+    longer = units % count
+    start = (units // count * split + tl.minimum(split, longer)) * MERGED
+    length = (units // count + tl.where(split < longer, 1, 0)) * MERGED
+    return first_block + within % blocks, start, tl.minimum(start + length, tiles), split

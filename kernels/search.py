@@ -4,10 +4,10 @@
     TUNED_LENS_FAST_TILES=tiles.json python your_script.py
 
 Every candidate that compiles must give the built-in tile's sums and top ten, and gathered targets' logits to the bit as
-they are in its tiles; those that do are timed in turn, and the median decides. Tiles of overlapped.py are tried where
---overlapped asks for them, and alone: they have run on no GPU yet. An entry belongs to one GPU model, Triton
-version, dtype and d_model, with or without a top k, and is used for no other; the file may hold many, and another
-search adds to it.
+they are in its tiles; those that do are timed in turn, and the median decides. Tiles of overlapped.py and
+cooperative.py are tried where --overlapped and --cooperative ask for them, and alone: they have run on no GPU yet. An
+entry belongs to one GPU model, Triton version, dtype and d_model, with or without a top k, and is used for no other;
+the file may hold many, and another search adds to it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,17 @@ def overlapped_candidates(d_model: int) -> Iterator[Tile]:
         yield from itertools.islice((tile for tile in tiles if shared_bytes(tile, d_model) <= SHARED_BYTES), 2)
 
 
+def cooperative_candidates(d_model: int) -> Iterator[Tile]:
+    """For 16-bit operands on Hopper: tiles of cooperative.py in as many stages as fit, held back and in step."""
+    from tuned_lens_fast.kernels.cooperative import serves, shared_bytes
+
+    for depth in (64, 32):
+        tiles = (Tile(128, 256, depth, warps=8, stages=n, tma=True, cooperative=True) for n in range(12, 1, -1))
+        tile = next(tile for tile in tiles if shared_bytes(tile) <= SHARED_BYTES)
+        lags = (lag for lag in (tile.stages - 1, 0) if serves(-(-d_model // depth), tile.stages, lag))
+        yield from (replace(tile, lag=lag) for lag in lags)
+
+
 def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
     """The built-in tile and others of such sizes as kernels can use; which of them compile is seen when they run."""
     yield built_in
@@ -74,8 +85,16 @@ def candidates(built_in: Tile, operand_bytes: int) -> Iterator[Tile]:
                 yield tile
 
 
-def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, rounds: int = 10) -> dict[Tile, float]:
-    """Median seconds of one pass of x ``[rows, d_model]`` over the head, of those tiles that work.
+def merged(head: Head, tile: Tile) -> Tile:
+    """The tile as a decode with a top 10 takes it."""
+    row_bytes = head.weight.shape[1] * head.weight.dtype.itemsize
+    return replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10, row_bytes))
+
+
+def working(
+    x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool
+) -> dict[Tile, Callable[[], tuple[State, Tensor | None]]]:
+    """One pass of x ``[rows, d_model]`` over the head, by each of those tiles that give the first one's answer.
 
     Raises:
         RuntimeError: the first tile, which says what is right, does not work.
@@ -85,9 +104,12 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
     alike = Head(head.weight[:1].repeat(min(head.vocab, 4096), 1))  # of these, every token's logit is the largest
     targets = torch.arange(len(x), device=x.device) % alike.vocab
     for tile in tiles:
-        whole = replace(tile, merged=launch.merged_tiles(head.vocab, tile, 10)) if with_top_k else tile
-        one_pass = functools.partial(vocabulary_pass, x, head, whole, running=("t",), group_maxima=with_top_k)
+        whole = merged(head, tile) if with_top_k else tile
         try:
+            own = target_logits(x, head, targets % head.vocab, tile)
+            one_pass = functools.partial(
+                vocabulary_pass, x, head, whole, target_logits=own, running=("t", "r"), group_maxima=with_top_k
+            )
             sums, best = _answer(*one_pass(), x, head, whole)
             gathered = target_logits(x, alike, targets, whole)
             _, groups = vocabulary_pass(x, alike, whole, group_maxima=True)
@@ -107,6 +129,12 @@ def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, ro
             print(f"{tile}: a gathered target's logit is not its tile's", file=sys.stderr)
         else:
             calls[tile] = one_pass
+    return calls
+
+
+def search(x: Tensor, head: Head, tiles: Sequence[Tile], *, with_top_k: bool, rounds: int = 10) -> dict[Tile, float]:
+    """Median seconds of one pass by each of the tiles that :func:`working` lets through."""
+    calls = working(x, head, tiles, with_top_k=with_top_k)
     seconds: dict[Tile, list[float]] = {tile: [] for tile in calls}
     for _ in range(rounds):
         for tile, call in calls.items():
@@ -172,6 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overlapped", action="store_true", help="on Hopper, time the tiles of overlapped.py beside the built-in alone"
     )
+    parser.add_argument("--cooperative", action="store_true", help="likewise, the tiles of cooperative.py")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the fastest into")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -184,10 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     x = torch.randn(options.rows, options.d_model, device=device).to(dtype)
     weight = (torch.randn(options.vocab, options.d_model, device=device) * 3 * options.d_model**-0.5).to(dtype)
     tiles = list(candidates(built_in, dtype.itemsize))
-    if options.overlapped:
+    if options.overlapped or options.cooperative:
         if launch.architecture(device)[0] != 9 or dtype.itemsize != 2 or not built_in.tma:
-            parser.error("--overlapped: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model")
-        tiles = [built_in, *overlapped_candidates(options.d_model)]
+            parser.error(
+                "--overlapped, --cooperative: wanted a Hopper GPU, 16-bit operands and a multiple of 8 as --d-model"
+            )
+        tiles = [built_in]
+        tiles += overlapped_candidates(options.d_model) if options.overlapped else []
+        tiles += cooperative_candidates(options.d_model) if options.cooperative else []
     found = search(x, Head(weight), tiles, with_top_k=with_top_k)
     for tile, seconds in sorted(found.items(), key=lambda item: item[1])[:5]:
         print(f"{seconds * 1e3:8.3f} ms  {tile}{'  (built in)' if tile == built_in else ''}")

@@ -1,16 +1,19 @@
 """The exact top k from what the vocabulary pass keeps of every group of columns.
 
 Of a group there are two numbers: its largest logit, and its second largest with the lowest mantissa bits (6, with 64
-members) replaced by the place of the largest, off by at most 2^-17 of its value. Three steps, a program a row each:
+members) replaced by the place of the largest, off by at most 2^-17 of its value. Three steps:
 
-1. ``_candidates``: a bound that at least k logits reach, then every group whose largest logit reaches it. Where the
-   second may reach it too, the group can hold more of the top k than its largest: all its members become candidates.
-2. ``_searched_logits``: the logits of those members, as dot products. The largest keeps the logit it has, which was
-   summed like the normaliser: next to a logit of 30, another way of summing is off by more than a log-prob may be.
-3. ``_order``: the k best, ties to the lower id.
+1. ``_candidates``, a program a row: a bound that at least k logits reach, then every group whose largest logit reaches
+   it. Where the second may reach it too, the group can hold more of the top k than its largest: all its members become
+   candidates.
+2. ``_searched_logits``: the logits of those members, as dot products. Few rows have such groups, and one of these has
+   a megabyte of W: all are one list, which all processors share. The largest keeps the logit it has, which was summed
+   like the normaliser: next to a logit of 30, another way of summing is off by more than a log-prob may be.
+3. ``_order``, a program a row: the k best, ties to the lower id.
 
 So the result is the top k of the logits, unless a row has more candidates than fit: such a row is reported, and the
-engine decodes it again with all its logits. That takes many equal or nearly equal logits, as in a row of zeros.
+engine decodes it again with all its logits. That takes many equal or nearly equal logits, as in a row of zeros. Of few
+rows ``of_every_logit`` does so without being asked, and nobody has to wait for the report.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from torch import Tensor
 
 from tuned_lens_fast.engines import state as running
 from tuned_lens_fast.engines.state import State
-from tuned_lens_fast.kernels.launch import Tile, head_arguments
-from tuned_lens_fast.kernels.logits import MASKED, finish_logits, token_of
+from tuned_lens_fast.kernels.launch import Tile, head_arguments, processors
+from tuned_lens_fast.kernels.logits import MASKED, finish_logits, tile_logits, token_of
 
 if TYPE_CHECKING:
     from tuned_lens_fast.engines.interface import Head
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
 NO_KEY = tl.constexpr(running.NO_KEY)
 #: The largest k these kernels serve; beyond it the engine keeps all logits of a few rows at a time.
 LARGEST_K = 128
+#: Rows of which all logits may exist, should it be unsure what their top k is.
+MOST_ROWS = 64
+#: Programs that search groups, a processor.
+SEARCHERS = 8
 
 
 @triton.jit(do_not_specialize=["slots8", "groups"])
@@ -43,6 +50,7 @@ def _candidates(
     logits,  # fp32 [rows, PLACES]: of candidates
     ids,  # int32 [rows, PLACES]: theirs
     groups_to_search,  # int32 [rows, SEARCHED]
+    searches,  # int32 [1 + rows * SEARCHED]: how many groups there are to search, and where each is in the former
     counts,  # int32 [rows, 2]: candidates that are known, and groups to search
     slots8, groups,
     K: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, SEGMENTS: tl.constexpr, TOKENS: tl.constexpr,
@@ -82,7 +90,10 @@ def _candidates(
             tl.store(ids + row * PLACES + place, token, mask=alone & (place < TOKENS))
             place = tl.atomic_add(found + 1, 1, mask=searched, sem="relaxed")
             code = slot * (2 * WIDTH) + tl.where(doubtful, WIDTH, known)
-            tl.store(groups_to_search + row * SEARCHED + place, code, mask=searched & (place < SEARCHED))
+            searched &= place < SEARCHED
+            tl.store(groups_to_search + row * SEARCHED + place, code, mask=searched)
+            listed = tl.atomic_add(searches + tl.zeros((SEGMENTS,), tl.int32), 1, mask=searched, sem="relaxed")
+            tl.store(searches + 1 + listed, row.to(tl.int32) * SEARCHED + place, mask=searched)
 
 
 @triton.jit
@@ -106,35 +117,44 @@ def _dots(
     return finish_logits(tl.sum(acc, 1), bias, token, wanted, scale, softcap, BIAS, SCALE, SOFTCAP, False)
 
 
-@triton.jit(do_not_specialize=["groups", "vocab"])
+@triton.jit(do_not_specialize=["groups", "vocab", "programs"])
 def _searched_logits(
     x,  # [rows, D]
     w,  # [V, D]
     groups_to_search,  # int32 [rows, SEARCHED]
-    counts,  # int32 [rows, 2]
+    searches,  # int32 [1 + rows * SEARCHED]
     logits,  # fp32 [rows, PLACES]
     ids,  # int32 [rows, PLACES]
-    groups, vocab, stride_x, stride_w,
+    groups, vocab, programs, stride_x, stride_w,
     bias,  # [V]
     scale, softcap,
     D: tl.constexpr, BK: tl.constexpr, MEMBERS: tl.constexpr, MERGED: tl.constexpr, TOKENS: tl.constexpr,
     SEARCHED: tl.constexpr, PLACES: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Step 2, a program a row: the logits of all members of the groups to search."""
+    """Step 2: the logits of all members of the groups to search, a few members at a time."""
     WIDTH: tl.constexpr = MEMBERS * MERGED
     STEP: tl.constexpr = 8
-    row = tl.program_id(0).to(tl.int64)
-    n_groups = tl.minimum(tl.load(counts + row * 2 + 1), SEARCHED)
-    for start in range(0, n_groups * WIDTH, STEP):
-        place = start + tl.arange(0, STEP)
-        code = tl.load(groups_to_search + row * SEARCHED + start // WIDTH)
-        token = token_of(code // (2 * WIDTH), place % WIDTH, groups, MEMBERS, MERGED)
-        wanted = (token >= 0) & (token < vocab) & (place % WIDTH != code % (2 * WIDTH))
+    for i in range(tl.program_id(0), tl.load(searches) * (WIDTH // STEP), programs):
+        search = tl.load(searches + 1 + i // (WIDTH // STEP)).to(tl.int64)
+        row = search // SEARCHED
+        place = i % (WIDTH // STEP) * STEP + tl.arange(0, STEP)
+        code = tl.load(groups_to_search + search)
+        token = token_of(code // (2 * WIDTH), place, groups, MEMBERS, MERGED)
+        wanted = (token >= 0) & (token < vocab) & (place != code % (2 * WIDTH))
         z = _dots(
             x + row * stride_x, w, bias, token, wanted, stride_w, scale, softcap, D, BK, STEP, BIAS, SCALE, SOFTCAP
         )
-        tl.store(logits + row * PLACES + TOKENS + place, tl.where(wanted, z, float("-inf")))
-        tl.store(ids + row * PLACES + TOKENS + place, token)
+        at = row * PLACES + TOKENS + search % SEARCHED * WIDTH + place
+        tl.store(logits + at, tl.where(wanted, z, float("-inf")))
+        tl.store(ids + at, token)
+
+
+@triton.jit
+def _key(z, token):
+    """What orders tokens by their logits, equal ones by descending id; see engines/state.py."""
+    bits = (z + 0.0).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
+    return (ordered << 32) | (0xFFFFFFFF - token.to(tl.int64))
 
 
 @triton.jit
@@ -160,12 +180,59 @@ def _order(
     for k in range(K):
         best = tl.max(z, 0)
         first = tl.min(tl.where(z == best, token, 2147483647), 0)
-        bits = (best + 0.0).to(tl.int32, bitcast=True)  # -0.0 and 0.0 tie
-        ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
-        key = (ordered << 32) | (0xFFFFFFFF - first.to(tl.int64))
-        tl.store(top + row * K + k, tl.where(known, key, NO_KEY))
+        tl.store(top + row * K + k, tl.where(known, _key(best, first), NO_KEY))
         z = tl.where(token == first, float("-inf"), z)
     tl.store(unsure + row, known & ((n_tokens > TOKENS) | (n_searched > SEARCHED)))
+
+
+@triton.jit(do_not_specialize=["rows", "vocab"])
+def _every_logit(
+    x,  # [rows, D]
+    w,  # [V, D]
+    unsure,  # bool [rows]
+    logits,  # fp32 [rows, V]
+    rows, vocab, stride_x, stride_w,
+    bias,  # [V]
+    scale, softcap,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A program a tile of the vocabulary: logits of the rows that are unsure, summed as the normaliser was."""
+    row = tl.arange(0, BM)
+    wanted = tl.load(unsure + row, mask=row < rows, other=0) != 0
+    if tl.max(wanted.to(tl.int32), 0) > 0:
+        token = tl.program_id(0) * BN + tl.arange(0, BN)
+        z = tile_logits(
+            x, w, bias, row.to(tl.int64), token.to(tl.int64), wanted, token < vocab, stride_x, stride_w, scale, softcap,
+            BM, BN, BK, D, PRECISION, BIAS, SCALE, SOFTCAP,
+        )  # fmt: skip
+        at = logits + row.to(tl.int64)[:, None] * vocab + token[None, :]
+        tl.store(at, z, mask=wanted[:, None] & (token < vocab)[None, :])
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _order_every_logit(
+    logits,  # fp32 [rows, V]
+    log_s,  # fp32 [rows]
+    unsure,  # bool [rows]
+    top,  # int64 [rows, K]
+    vocab,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program a row, at work if that is unsure: its K best, one after another, each the largest below the last."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(unsure + row) != 0:
+        row_log_s = tl.load(log_s + row)
+        last = tl.full((1,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+        for k in range(K):
+            best = tl.full((BLOCK,), NO_KEY, tl.int64)
+            for start in range(0, vocab, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                z = tl.load(logits + row * vocab + token, mask=token < vocab, other=0.0)
+                key = _key(tl.where(z <= MASKED, float("-inf"), z), token)
+                best = tl.maximum(best, tl.where((token < vocab) & (key < last), key, NO_KEY))
+            last = tl.max(best, 0, keep_dims=True)
+            tl.store(top + row * K + k + tl.arange(0, 1), tl.where(row_log_s == row_log_s, last, NO_KEY))
 
 
 @dataclass(frozen=True)
@@ -184,7 +251,7 @@ class Room:
 
     @property
     def bytes_per_row(self) -> int:
-        return 4 * (self.searched + 2 + 2 * self.places)
+        return 4 * (2 * self.searched + 2 + 2 * self.places)
 
 
 def serves(top_k: int, slots: int) -> bool:
@@ -208,18 +275,20 @@ def top_k(x: Tensor, head: Head, group_maxima: Tensor, state: State, k: int, til
     room = Room.of(k, tile)
     device = x.device
     searched = torch.empty(rows, room.searched, dtype=torch.int32, device=device)
-    counts = torch.zeros(rows, 2, dtype=torch.int32, device=device)
+    tallies = torch.zeros(2 * rows + 1 + rows * room.searched, dtype=torch.int32, device=device)
+    counts, searches = tallies[: 2 * rows], tallies[2 * rows :]
     logits = torch.empty(rows, room.places, dtype=torch.float32, device=device)
     ids = torch.empty(rows, room.places, dtype=torch.int32, device=device)
     segments = 1024 if slots > 2048 else 512
     room_for = {"TOKENS": room.tokens, "SEARCHED": room.searched, "PLACES": room.places}
     _candidates[(rows,)](
-        group_maxima, logits, ids, searched, counts, slots // 8, groups,
+        group_maxima, logits, ids, searched, searches, counts, slots // 8, groups,
         K=k, MEMBERS=members, MERGED=tile.merged, SEGMENTS=segments, **room_for, num_warps=4,
     )  # fmt: skip
-    _searched_logits[(rows,)](
-        x, head.weight, searched, counts, logits, ids, groups, head.vocab, x.stride(0), head.weight.stride(0),
-        **head_arguments(head), D=d_model, BK=min(512, triton.next_power_of_2(d_model)),
+    programs = SEARCHERS * processors(device)
+    _searched_logits[(programs,)](
+        x, head.weight, searched, searches, logits, ids, groups, head.vocab, programs, x.stride(0),
+        head.weight.stride(0), **head_arguments(head), D=d_model, BK=min(512, triton.next_power_of_2(d_model)),
         MEMBERS=members, MERGED=tile.merged, **room_for, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     top = torch.empty(rows, k, dtype=torch.int64, device=device)
@@ -228,3 +297,28 @@ def top_k(x: Tensor, head: Head, group_maxima: Tensor, state: State, k: int, til
         logits, ids, counts, state.log_s, top, unsure, K=k, WIDTH=members * tile.merged, **room_for, num_warps=1
     )
     return replace(state, top=top, unsure=unsure)
+
+
+def of_every_logit(x: Tensor, head: Head, state: State, tile: Tile) -> State:
+    """``state`` with the top k of rows that it is unsure of taken from all their logits, so that it is sure of all.
+
+    The other rows cost two launches that find nothing to do, and scratch of ``[rows, vocab]`` fp32 that is not touched.
+
+    Args:
+        x: ``[rows, d_model]`` in the head's dtype, ``MOST_ROWS`` at most.
+        state: from ``top_k`` with the same tile.
+    """
+    assert state.top is not None
+    rows, d_model = x.shape
+    logits = torch.empty(rows, head.vocab, dtype=torch.float32, device=x.device)
+    bm = max(16, triton.next_power_of_2(rows))
+    bn = 16 if tile.block_rows < 64 else 64
+    _every_logit[(triton.cdiv(head.vocab, bn),)](
+        x, head.weight, state.unsure, logits, rows, head.vocab, x.stride(0), head.weight.stride(0),
+        **head_arguments(head), BM=bm, BN=bn, BK=tile.block_depth, D=d_model, PRECISION=tile.precision,
+        num_warps=4, num_stages=3, enable_fp_fusion=True,
+    )  # fmt: skip
+    _order_every_logit[(rows,)](
+        logits, state.log_s, state.unsure, state.top, head.vocab, K=state.top.shape[1], BLOCK=2048, num_warps=8
+    )
+    return replace(state, unsure=None)

@@ -32,18 +32,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tuned_lens_fast.engines.state import State
-from tuned_lens_fast.kernels import overlapped
+from tuned_lens_fast.kernels import cooperative, overlapped
 from tuned_lens_fast.kernels.launch import Partition, Tile, head_arguments
 from tuned_lens_fast.kernels.logits import EMPTY, LN2, LOG2E, MASKED
-from tuned_lens_fast.kernels.running_state import add_tile, as_it_is, program_of, store_state
+from tuned_lens_fast.kernels.running_state import add_tile, as_it_is, item_of, state_of, store_state
 
 if TYPE_CHECKING:
     from tuned_lens_fast.engines.interface import Head
 
 #: Arguments that change from launch to launch: one compiled kernel serves them all.
-_SIZES = [
-    "R", "V", "groups", "first_tile", "stop_tile", "tiles_per_split", "row_blocks", "splits", "first_split", "slots8",
-]  # fmt: skip
+_SIZES = ["R", "V", "groups", "first_tile", "tiles", "row_blocks", "band", "splits", "last_splits", "slots8"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -51,19 +49,18 @@ def _vocabulary_pass(
     x,  # [R, D], or its descriptor
     w,  # [V, D], or that of [MEMBERS, groups, D]
     target_logits,  # fp32 [R]
-    state,  # fp32 [parts, 4, R]
+    state,  # fp32, see running_state.py
     group_maxima,  # fp32 [R, 2, slots]
-    R, V, groups, first_tile, stop_tile, tiles_per_split, row_blocks, splits, first_split, slots8, place_mask, stride_x,
-    stride_w,
+    R, V, groups, first_tile, tiles, row_blocks, band, splits, last_splits, slots8, place_mask, stride_x, stride_w,
     bias,  # [V]
     scale, softcap,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, BAND: tl.constexpr, MERGED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, MERGED: tl.constexpr,
     TMA: tl.constexpr, FLAT: tl.constexpr, PRECISION: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, RANK: tl.constexpr, TOP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One part of the state of a block of rows: a program walks its slice of the vocabulary tile by tile."""
     MEMBERS: tl.constexpr = BN // 8
-    block, split = program_of(tl.program_id(0), row_blocks, splits, BAND)
+    block, start, stop, split = item_of(tl.program_id(0), tiles, row_blocks, band, splits, last_splits, MERGED)
     rows = block * BM + tl.arange(0, BM)
     row_mask = rows < R
     column = tl.arange(0, BN)
@@ -78,10 +75,8 @@ def _vocabulary_pass(
     first = largest
     second = largest
     whole = groups // 8  # tiles of whole groups
-    start = first_tile + split * tiles_per_split
-    stop = tl.minimum(start + tiles_per_split, stop_tile)
 
-    for tile in tl.range(start, stop, flatten=FLAT):
+    for tile in tl.range(first_tile + start, first_tile + stop, flatten=FLAT):
         token = tile * 8 + column % 8 + (column // 8) * groups
         valid = token < V
         if MASK:
@@ -113,17 +108,39 @@ def _vocabulary_pass(
             group_maxima, rows, row_mask, tl.arange(0, 8), slots8 * 8, scale, softcap, place_mask,
             BM, BN, MEMBERS, MERGED, BIAS, SCALE, SOFTCAP, MASK, ENTROPY, RANK, TOP, as_it_is,
         )  # fmt: skip
-    store_state(m, s, t, above, state, rows, row_mask, first_split + split, R, ENTROPY, RANK)
+    store_state(
+        m, s, t, above, state, block, rows, row_mask, split, R, row_blocks, band, splits, last_splits,
+        BM, 1, ENTROPY, RANK,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["R", "splits"])
+@triton.jit
+def _merge_part(m, s, t, above, at, n_rows, there, ENTROPY: tl.constexpr, RANK: tl.constexpr):
+    """The state of rows with one more part, of which m is at ``at``."""
+    m_part = tl.load(at, mask=there, other=EMPTY)
+    s_part = tl.load(at + n_rows, mask=there, other=0.0)
+    m_new = tl.maximum(m, m_part)
+    shift = m - m_new
+    shift_part = m_part - m_new
+    decay = tl.exp2(shift)
+    decay_part = tl.exp2(shift_part)
+    if ENTROPY:
+        t_part = tl.load(at + 2 * n_rows, mask=there, other=0.0)
+        t = decay * tl.fma(shift, s, t) + decay_part * tl.fma(shift_part, s_part, t_part)
+    if RANK:
+        above += tl.load(at + 3 * n_rows, mask=there, other=0.0)
+    return m_new, s * decay + s_part * decay_part, t, above
+
+
+@triton.jit(do_not_specialize=["R", "full_rows", "parts", "last_parts"])
 def _merge(
-    parts,  # fp32 [splits, 4, R]: m to base 2, s, t, and how many logits are above the target's
+    parts_of_rows,  # fp32, see running_state.py
+    tail,  # fp32 [4, R]: one part more
     target_logits,  # fp32 [R]
     state,  # fp32 [5, R]: m, s, t, log s, the target's logit
     r,  # int64 [R]
-    R, splits,
-    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, TARGETS: tl.constexpr, RANK: tl.constexpr,
+    R, full_rows, parts, last_parts,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr, TARGETS: tl.constexpr, RANK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The closed state of rows, of the parts that slices of the vocabulary left; see engines/state.py."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -132,23 +149,14 @@ def _merge(
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     above = tl.zeros((BLOCK,), tl.float32)
-    at = parts + row
-    for _ in range(splits):
-        m_part = tl.load(at, mask=inside, other=EMPTY)
-        s_part = tl.load(at + R, mask=inside, other=0.0)
-        m_new = tl.maximum(m, m_part)
-        shift = m - m_new
-        shift_part = m_part - m_new
-        decay = tl.exp2(shift)
-        decay_part = tl.exp2(shift_part)
-        if ENTROPY:
-            t_part = tl.load(at + 2 * R, mask=inside, other=0.0)
-            t = decay * tl.fma(shift, s, t) + decay_part * tl.fma(shift_part, s_part, t_part)
-        if RANK:
-            above += tl.load(at + 3 * R, mask=inside, other=0.0)
-        s = s * decay + s_part * decay_part
-        m = m_new
-        at += R.to(tl.int64) * 4
+    first, n_rows = state_of(row >= full_rows, full_rows, R, parts)
+    own_parts = tl.where(row >= full_rows, last_parts, parts)
+    at = parts_of_rows + first + row
+    for part in range(tl.max(own_parts, 0)):
+        m, s, t, above = _merge_part(m, s, t, above, at, n_rows, inside & (part < own_parts), ENTROPY, RANK)
+        at += n_rows.to(tl.int64) * 4
+    if TAIL:
+        m, s, t, above = _merge_part(m, s, t, above, tail + row, R, inside, ENTROPY, RANK)
     # Nothing can be said of a row without a finite logit.
     s = tl.where(s > 0.0, s, float("nan"))
     natural = m * LN2
@@ -188,18 +196,15 @@ def vocabulary_pass(
     weight, device = head.weight, x.device
     rows, d_model = x.shape
     cut = Partition.of(rows, head, tile)
-    parts = (1 + tile.overlapped) * cut.splits
-    partial = torch.empty(parts + 2, 4, rows, dtype=torch.float32, device=device)
+    partial = torch.empty(cut.state_bytes // 4, dtype=torch.float32, device=device)
+    whole, tail = partial.split([4 * cut.states, partial.numel() - 4 * cut.states])
     maxima = torch.empty(rows, 2, cut.slots, dtype=torch.float32, device=device) if group_maxima else None
     sums = {"ENTROPY": "t" in running, "RANK": "r" in running}
     above = target_logits if sums["RANK"] else None
     asked = {**sums, "TOP": group_maxima}
 
-    def launch(masked: bool, first_tile: int, stop_tile: int, tiles_per_split: int, n: int, first_split: int) -> None:
+    def launch(masked: bool, state: Tensor, block_rows: int, first_tile: int, items: int, *cut_in: int) -> None:
         tma = tile.tma and not masked
-        # Masks take registers; half the rows give them back.
-        block_rows = tile.block_rows // 2 if masked and tile.block_rows == 128 else tile.block_rows
-        row_blocks = triton.cdiv(rows, block_rows)
         a: Tensor | TensorDescriptor = x
         b: Tensor | TensorDescriptor = weight
         if tma:
@@ -207,30 +212,35 @@ def vocabulary_pass(
             stride = weight.stride(0)
             shape = [tile.members, cut.groups, d_model]
             b = TensorDescriptor(weight, shape, [cut.groups * stride, stride, 1], [tile.members, 8, tile.block_depth])
-        _vocabulary_pass[(row_blocks * n,)](
-            a, b, above, partial, maxima,
-            rows, head.vocab, cut.groups, first_tile, stop_tile, tiles_per_split, row_blocks, n, first_split,
-            cut.slots // 8, cut.place_mask, x.stride(0), weight.stride(0), **head_arguments(head),
-            BM=block_rows, BN=tile.block_vocab, BK=tile.block_depth, D=d_model, BAND=cut.band, MERGED=tile.merged,
+        _vocabulary_pass[(items,)](
+            a, b, above, state, maxima,
+            rows, head.vocab, cut.groups, first_tile, *cut_in, cut.slots // 8, cut.place_mask, x.stride(0),
+            weight.stride(0), **head_arguments(head),
+            BM=block_rows, BN=tile.block_vocab, BK=tile.block_depth, D=d_model, MERGED=tile.merged,
             TMA=tma, FLAT=tile.flat and not masked, PRECISION=tile.precision, MASK=masked, **asked,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    if cut.splits and tile.overlapped:
-        overlapped.whole_tiles(x, head, tile, cut, above, partial, maxima, asked)
-    elif cut.splits:
-        launch(False, 0, cut.tiles, cut.tiles_per_split, cut.splits, 0)
-    # The tile of left-over groups has number `tiles`, that of left-over tokens `whole`, after it.
-    whole = triton.cdiv(cut.groups, 8)
+    if cut.tiles and (tile.overlapped or tile.cooperative):
+        specialised = overlapped if tile.overlapped else cooperative
+        specialised.whole_tiles(x, head, tile, cut, above, whole, maxima, asked)
+    elif cut.tiles:
+        launch(False, whole, tile.block_rows, 0, cut.items, *cut.arguments())
     if any(cut.tail):
-        launch(True, cut.tiles if cut.tail[0] else whole, whole + cut.tail[1], 1, sum(cut.tail), parts)
+        # Masks take registers; half the rows give them back.
+        block_rows = tile.block_rows // 2 if tile.block_rows == 128 else tile.block_rows
+        row_blocks = triton.cdiv(rows, block_rows)
+        # The tile of left-over groups has number `tiles`, that of left-over tokens comes after all groups.
+        first_tile = cut.tiles if cut.tail[0] else triton.cdiv(cut.groups, 8)
+        launch(True, tail, block_rows, first_tile, row_blocks, sum(cut.tail), row_blocks, row_blocks, 1, 1)
 
     state = torch.empty(5, rows, dtype=torch.float32, device=device)
     r = torch.empty(rows, dtype=torch.int64, device=device) if sums["RANK"] else None
     block = 128
     _merge[(triton.cdiv(rows, block),)](
-        partial, target_logits, state, r, rows, parts + sum(cut.tail),
-        BLOCK=block, TARGETS=target_logits is not None, **sums,
+        whole, tail, target_logits, state, r,
+        rows, cut.full_rows, cut.parts * cut.bands.splits, cut.parts * cut.bands.last_splits,
+        BLOCK=block, TARGETS=target_logits is not None, TAIL=any(cut.tail), **sums,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     m, s, t, log_s, target = state

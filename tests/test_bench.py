@@ -4,7 +4,9 @@ import functools
 import gc
 import json
 import math
+import os
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +19,16 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import contenders  # noqa: E402
+import gpu_checks  # noqa: E402
+import loss  # noqa: E402
 import measure  # noqa: E402
 import presets  # noqa: E402
 import record  # noqa: E402
 import reference  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import small_decodes  # noqa: E402
+import vocabulary_kernels  # noqa: E402
 from checking import expect, judge  # noqa: E402
 from contenders.adapter import Contender  # noqa: E402
 from suites import EVERY, FULL, SUITES  # noqa: E402
@@ -262,10 +268,63 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     (tmp_path / "memory.json").write_text("{}")
     suite = ["--suite", "gpu", "--out", str(tmp_path)]
     assert run.main(suite) == 0
-    assert [part for _, part in ran] == ["ladder", "every-statistic", "gemma-3-270m", "profile"]
+    assert [part for _, part in ran] == [part for part in SUITES["gpu"] if part != "memory"]
     assert (ran[0][0], ran[-1][0]) == ("run.py", "profile_decode.py")
     assert run.main([*suite, "--part", "memory"]) == 0
     assert ran[-1] == ("run.py", "memory")
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """Case by case, of the same command; one that is finished, or another's, is measured anew."""
+    out, arguments = tmp_path / "one.json", ["--positions", "2", "3", "--contenders", "product", "eager"]
+    arguments = ["--preset", "tiny", *arguments, "--rounds", "1", "--least", "1", "--out", str(out)]
+    measured, stopped = run.measure, []
+
+    def stop(*args):
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(True)
+        measured(*args)
+
+    monkeypatch.setattr(run, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    first = json.loads(out.read_text())
+    assert first["unfinished"]
+    assert [case["positions"] for case in first["cases"]] == [2]
+    monkeypatch.setattr(run, "measure", measured)
+    assert run.main(arguments) == 0
+    whole = json.loads(out.read_text())
+    assert "unfinished" not in whole
+    assert [case["positions"] for case in whole["cases"]] == [2, 3]
+    assert whole["cases"][0] == first["cases"][0]
+    assert run.kept(out, whole["command"]) == []
+    out.write_text(json.dumps(first))
+    assert run.kept(out, first["command"] + " --more") == []
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bench/gpu.sh needs a bash")
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize(("call", "most"), [(1, 480), (2, 540), (3, 420)])
+def test_every_step_on_a_gpu_can_be_parsed_and_ends_in_time(call, most, rehearsal):
+    """Its limits leave a call of ten minutes time to spare, and no mistyped option takes any of it."""
+    asked = os.environ | {"LIST": "1", **({"REHEARSE": "1"} if rehearsal else {})}
+    listed = subprocess.run(
+        ["bash", BENCH / "gpu.sh", str(call)], env=asked, capture_output=True, text=True, check=True
+    ).stdout
+    steps = [line.split("\t") for line in listed.splitlines()]
+    assert len({name for name, _, _ in steps}) >= len(steps) - rehearsal  # of two shapes, where there is one
+    assert sum(int(limit) for _, limit, _ in steps) <= most
+    parsers = {"run.py": run.parse, "loss.py": loss.parse, "small_decodes.py": small_decodes.parse}
+    parsers["vocabulary_kernels.py"] = vocabulary_kernels.parse
+    seen = 0
+    for _, _, line in steps:
+        script, _, arguments = line.partition("bench/")[2].partition(" ")
+        if script in parsers:
+            parsers[script](arguments.split())
+            seen += 1
+    assert seen >= 2
+    assert subprocess.run(["bash", BENCH / "gpu.sh", "4"], capture_output=True).returncode == 2
 
 
 def test_all_sizes_take_turns_and_threads_are_cases_of_their_own(tmp_path, monkeypatch):
@@ -288,8 +347,9 @@ def test_every_suite_can_be_parsed():
         for line in parts.values():
             script, *arguments = line.split()
             assert (BENCH / script).exists()
-            if script == "run.py":
-                run.parse(arguments)
+            parsers = {"run.py": run, "loss.py": loss, "small_decodes.py": small_decodes}
+            if script in parsers:
+                parsers[script].parse(arguments)
 
 
 @pytest.mark.parametrize(
@@ -463,3 +523,40 @@ def test_the_costs_in_the_docs_are_those_that_are_calculated():
     assert of_lens == pytest.approx((82 * 2 * 8192 * 128256 + 80 * 2 * 8192**2) / 520e12)
     speed = 8 / (of_forward + of_lens)
     assert f"| 8 | {float(f'{speed:.2g}'):,.0f} | {1e9 / speed / 3600:.1f} h |" in docs
+
+
+def test_what_a_gpu_tells_is_rendered(tmp_path):
+    """Kernels beside torch.mm, kernels of a decode, decodes of few rows, counters; a file of tiles is no result."""
+    began = record.heading("x.py", [], "cpu")
+    tile = {"over_product": 1.056, "queued_over_product": 1.0449}
+    shape = {"preset": "tiny", "rows": 8192, "d_model": 48}
+    results = {
+        "kernels": [{**shape, "asked": asked, "tiles": {"plain": tile}} for asked in ("all sums", "hardly anything")],
+        "kernels of a decode": [
+            {"preset": "tiny", "statistics": "lse", "kernels": {"_merge": {"seconds": 2e-3, "launches": 7}}}
+        ],
+        "small decodes": [
+            {"preset": "tiny", "rows": 8, "read": 2e-5, "seconds": {"W read": {}, "graph": {"median": 2.6e-5}}}
+        ],
+    }
+    for kind, cases in results.items():
+        record.write(tmp_path / "h200-x" / f"{kind}.json", {"kind": kind, **began, "cases": cases})
+    counted = tmp_path / "counted"
+    counted.mkdir()
+    lines = [
+        '"Kernel Name","Metric Name","Metric Unit","Metric Value"',
+        '"_pass","SM Busy","%","61.5"',
+        '"_pass","","",""',
+    ]
+    (counted / "llama.csv").write_text("==PROF== noise\n" + "\n".join(lines) + "\n")
+    checked = {"tests": None, "profiles": {"llama": gpu_checks.profile(counted / "llama.csv")}}
+    record.write(tmp_path / "h200-x" / "counters.json", {"kind": "gpu checks", **began, **checked})
+    (tmp_path / "h200-x" / "tiles.json").write_text("{}")
+    page = "\n".join(report.section(tmp_path / "h200-x", tmp_path))
+    for said in (
+        "| plain | 1.056 (1.045) |",
+        "| _merge | 2.000 | 7 |",
+        "| tiny, 8 rows | 20 | 1.30 |",
+        "| SM Busy | 61.5 % |",
+    ):
+        assert said in page

@@ -69,12 +69,14 @@ def test_compile_a_decode_without_a_graph_break(top_k, lens, hidden, device):
         assert torch.equal(got, wanted)
 
 
-def test_a_cuda_graph_captures_a_decode(lens, hidden, device):
-    targets = torch.arange(37, device=device)
-    reference = torch.randn(37, 64, device=device).bfloat16()
+@pytest.mark.parametrize(("positions", "top_k"), [(37, 0), (20, 5), (1, 5)])
+def test_a_cuda_graph_captures_a_decode(positions, top_k, lens, hidden, device):
+    """With a top k if rows are few: among them here is one of zeros, whose candidates do not fit."""
+    hidden, targets = hidden[:, :positions], torch.arange(positions, device=device)
+    reference = torch.randn(positions, 64, device=device).bfloat16()
 
     def decode(hidden, targets, reference):
-        return lens.decode(hidden, targets=targets, reference=reference, engine="triton")
+        return lens.decode(hidden, targets=targets, reference=reference, top_k=top_k, engine="triton")
 
     static = [tensor.clone() for tensor in (hidden, targets, reference)]
     stream = torch.cuda.Stream()
@@ -88,13 +90,14 @@ def test_a_cuda_graph_captures_a_decode(lens, hidden, device):
     for seed in (0, 1):
         torch.manual_seed(seed)
         new = [
-            torch.randn_like(hidden), torch.randint(1_037, (37,), device=device), torch.randn_like(reference)
+            torch.randn_like(hidden), torch.randint(1_037, (positions,), device=device), torch.randn_like(reference)
         ]  # fmt: skip
+        new[0][0, 0] = 0.0
         for place, value in zip(static, new, strict=True):
             place.copy_(value)
         graph.replay()
         wanted = decode(*new)
-        for name in STATS:
+        for name in (*STATS, *(["top_ids", "top_log_probs"] if top_k else [])):
             assert torch.equal(getattr(captured, name), getattr(wanted, name)), name
         # u is a vendor product, which may be another one while a graph is captured.
         torch.testing.assert_close(captured.kl, wanted.kl, atol=1e-4, rtol=1e-5)

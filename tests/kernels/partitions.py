@@ -1,4 +1,4 @@
-"""Runs overlapped.py without a GPU: its partitions take turns in an order drawn at random, and time is unkind.
+"""Runs Gluon kernels without a GPU: their partitions take turns in an order drawn at random, and time is unkind.
 
 Triton's interpreter knows nothing of Gluon. Here its functions run as plain Python with a stand-in for its language:
 tensors are those of Triton's interpreter, layouts are nothing, shared memory is NumPy's, barriers count arrivals and
@@ -9,10 +9,11 @@ all wait for one another raise Deadlock.
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
 from collections.abc import Callable, Sequence
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -126,6 +127,10 @@ class Shared:
     def reshape(self, shape) -> Shared:
         return Shared(self.data.reshape(shape), self.dtype)
 
+    def slice(self, start, length, dim) -> Shared:
+        assert dim == 0
+        return Shared(self.data[int(start) : int(start) + int(length)], self.dtype)
+
     def permute(self, order) -> Shared:
         return Shared(self.data.transpose(order), self.dtype)
 
@@ -224,9 +229,10 @@ class Barriers:
         if pred:
             barrier.barrier.arrive(count)
 
-    def wait(self, barrier: Shared, phase) -> None:
+    def wait(self, barrier: Shared, phase, pred: bool = True) -> None:
         awaited, over = barrier.barrier, int(phase)
-        self._turns.wait(lambda: awaited.phase != over)
+        if pred:
+            self._turns.wait(lambda: awaited.phase != over)
 
 
 def _kept(dtype: tl.dtype):
@@ -293,9 +299,33 @@ class Launcher:
         return run
 
 
+def stand_in(module: ModuleType, name: str, seed: int = 0) -> Launcher:
+    """Have the module's Gluon kernel run here."""
+    launcher = Launcher(getattr(module, name), seed)
+    setattr(module, name, launcher)
+    tl.block_type.layout = None  # the kernels hand it on
+    return launcher
+
+
 def _plain(function: FunctionType, namespace: dict) -> FunctionType:
     plain = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
     plain.__annotations__ = {
         name: "constexpr" for name, kind in function.__annotations__.items() if "constexpr" in kind
     }
     return plain
+
+
+def plant(monkeypatch, module: ModuleType, name: str, changes: dict[str, str], **seen: object) -> None:
+    """Change the source of the kernel's function ``name``, which then sees ``seen`` as well."""
+    kernel = getattr(module, name)
+    source = inspect.getsource(kernel.fn).partition("\n")[2]
+    for old, new in changes.items():
+        assert old in source
+        source = source.replace(old, new)
+    for seen_as, value in seen.items():
+        monkeypatch.setattr(module, seen_as, value, raising=False)
+    namespace = dict(kernel.fn.__globals__)
+    exec(compile("from __future__ import annotations\n" + source, "<planted>", "exec"), namespace)
+    planted = type(kernel).__new__(type(kernel))
+    planted.fn = namespace[name]
+    monkeypatch.setattr(module, name, planted)

@@ -28,7 +28,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 #: Loads and stores of spilled registers: none but in the pass over two tiles and, by newer Tritons than 3.6, in two
 #: groups of warps that take turns; once a tile.
 SPILLS = {"_divergence_pass": 64, "_overlapped": 192}
-PRODUCTS = {"_translate", "_vocabulary_pass", "_overlapped", "_target_logits", "_divergence_pass"}
+PRODUCTS = {"_translate", "_vocabulary_pass", "_overlapped", "_cooperative", "_target_logits", "_divergence_pass"}
 
 
 def head(d_model, dtype, vocab=VOCAB):
@@ -48,7 +48,7 @@ def tile_for(x, precision="ieee"):
     from tuned_lens_fast.kernels.launch import built_in_tile, merged_tiles
 
     tile = built_in_tile(torch.cuda.get_device_capability(), x.dtype, x.shape[1], precision)
-    return replace(tile, merged=merged_tiles(VOCAB, tile, 10), precision=precision)
+    return replace(tile, merged=merged_tiles(VOCAB, tile, 10, x.shape[1] * x.element_size()), precision=precision)
 
 
 def translate(d_model, dtype, precision="ieee"):
@@ -71,7 +71,17 @@ def overlapped(d_model, dtype="bfloat16", vocab=EVEN_VOCAB, **asked):
     from tuned_lens_fast.kernels.search import overlapped_candidates
 
     tile = next(overlapped_candidates(d_model))
-    statistics(d_model, dtype, vocab=vocab, tile=replace(tile, merged=merged_tiles(vocab, tile, 10)), **asked)
+    tile = replace(tile, merged=merged_tiles(vocab, tile, 10, 2 * d_model))
+    statistics(d_model, dtype, vocab=vocab, tile=tile, **asked)
+
+
+def cooperative(d_model, depth):
+    from tuned_lens_fast.kernels.launch import merged_tiles
+    from tuned_lens_fast.kernels.search import cooperative_candidates
+
+    tile = next(tile for tile in cooperative_candidates(d_model) if tile.block_depth == depth)
+    tile = replace(tile, merged=merged_tiles(EVEN_VOCAB, tile, 10, 2 * d_model))
+    statistics(d_model, "bfloat16", tile=tile)
 
 
 def statistics(
@@ -94,14 +104,16 @@ def target(d_model, dtype):
     target_logits(x, of_model, meta(ROWS, dtype="int64"), tile_for(x))
 
 
-def top(k):
+def top(k, few=0):
     from tuned_lens_fast.kernels.launch import Partition
-    from tuned_lens_fast.kernels.top_k import top_k
+    from tuned_lens_fast.kernels.top_k import of_every_logit, top_k
 
     x, of_model = head(4096, "bfloat16")
     tile = tile_for(x)
     group_maxima = meta(ROWS, 2, Partition.of(ROWS, of_model, tile).slots, dtype="float32")
-    top_k(x, of_model, group_maxima, closed(ROWS), k, tile)
+    found = top_k(x, of_model, group_maxima, closed(ROWS), k, tile)
+    if few:
+        of_every_logit(x[:few], of_model, found, tile)
 
 
 def identity():
@@ -152,6 +164,7 @@ class Case:
     launch: Callable[[], None]
     registers: dict[int, int]
     matrix: bool = True
+    spills: int = 0  #: more than elsewhere: a softcap's exponentials beside all else, once a tile
 
 
 ANY = {80: 255, 90: 255, 100: 255}
@@ -170,18 +183,22 @@ CASES = {
     "statistics bf16, d 576": Case(lambda: statistics(576, "bfloat16"), ANY),
     "statistics bf16, d 577": Case(lambda: statistics(577, "bfloat16"), ANY),
     "statistics bf16, lse": Case(lambda: statistics(4096, "bfloat16", everything=False), ANY),
-    "statistics fp16, softcap, bias": Case(lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY),
+    "statistics fp16, softcap, bias": Case(
+        lambda: statistics(2304, "float16", softcap=30.0, bias=True), ANY, spills=16
+    ),
     "statistics fp32": Case(lambda: statistics(768, "float32"), ANY, matrix=False),
     "statistics tf32": Case(lambda: statistics(768, "float32", precision="tf32"), ANY),
     "overlapped bf16, d 640": Case(lambda: overlapped(640, vocab=262_144), {90: 168}),
     "overlapped bf16, d 576": Case(lambda: overlapped(576, vocab=49_152), {90: 168}),
     "overlapped bf16, d 576, lse": Case(lambda: overlapped(576, everything=False), {90: 168}),
     "overlapped fp16, d 768, softcap, bias": Case(
-        lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}
+        lambda: overlapped(768, "float16", VOCAB, softcap=30.0, bias=True), {90: 255}, spills=288
     ),
+    "cooperative bf16": Case(lambda: cooperative(4096, 64), {90: 168}),
+    "cooperative bf16, d 2048": Case(lambda: cooperative(2048, 32), {90: 168}),
     "target bf16": Case(lambda: target(4096, "bfloat16"), ANY),
     "target fp32": Case(lambda: target(768, "float32"), ANY, matrix=False),
-    "top 10": Case(lambda: top(10), ANY),
+    "top 10": Case(lambda: top(10, few=64), ANY),
     "top 64": Case(lambda: top(64), ANY),
     "identity": Case(identity, ANY),
     "divergences bf16": Case(lambda: divergences("bfloat16"), ANY),
@@ -215,10 +232,12 @@ def test_limits(name, architecture, version):
         assert report.shared <= SHARED_LIMIT[architecture]
         if not report.constants.get("MASK"):  # the tail is one tile of thousands, and its masks may spill
             allowed = 0 if (report.kernel, version) == ("_overlapped", "3.6") else SPILLS.get(report.kernel, 0)
-            assert report.spills <= allowed, f"{report.kernel} spills"
+            assert report.spills <= max(allowed, case.spills), f"{report.kernel} spills"
         if report.kernel in PRODUCTS and case.matrix:
             assert report.matrix.get(MATRIX[architecture], 0) > 0
         assert not report.serialised
+        if report.constants.get("RANK") and report.kernel in PRODUCTS:
+            assert "FFMA.SAT" in report.sass
 
 
 @pytest.mark.slow
@@ -246,6 +265,8 @@ def test_serialised_products_are_seen(version):
 @pytest.mark.parametrize(("name", "d_model", "most", "of"), [
     ("statistics bf16", 4096, 1.10, "serial"),
     ("statistics bf16, d 2048", 2048, 1.15, "serial"),
+    ("cooperative bf16", 4096, 1.05, "overlapped"),
+    ("cooperative bf16, d 2048", 2048, 1.08, "overlapped"),
     ("overlapped bf16, d 640", 640, 1.15, "overlapped"),
     ("overlapped bf16, d 576", 576, 1.15, "overlapped"),
 ])  # fmt: skip

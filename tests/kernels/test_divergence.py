@@ -125,9 +125,11 @@ def test_a_bad_row_harms_itself_only(bad, of_reference, device):
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [[300], [7, 93, 200], [2100, 1]], ids=str)
-def test_expectation_tile_by_tile(widths, dtype, parts, device):
+@pytest.mark.parametrize(("widths", "slab"), [([300], 4096), ([7, 93, 200], 50), ([2100, 1], 700)], ids=str)
+def test_expectation_tile_by_tile(widths, slab, dtype, parts, monkeypatch, device):
     """u = W^T softmax(z) and the normaliser, the largest logit being met first, last, and never again."""
+    monkeypatch.setattr(divergence, "SLAB", slab)
+    widths = [width for given in widths for width in (given // slab * slab, given % slab) if width]
     vocab, d_model = sum(widths), 24
     w = torch.randn(vocab, d_model, device=device).to(dtype)
     z = torch.randn(4, vocab, device=device) * 4
@@ -141,3 +143,15 @@ def test_expectation_tile_by_tile(widths, dtype, parts, device):
     torch.testing.assert_close((state.m + state.log_s).double(), z.double().logsumexp(1), atol=1e-5, rtol=1e-6)
     rounding = 6e-5 if parts == 2 or dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(u.double(), z.double().softmax(1) @ w.double(), atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 7, 8, 11, 12, 100])
+@pytest.mark.parametrize("vocab", [1, 3, 4, 5, 12, 29])
+def test_tiles_are_whole_slabs_or_less_than_one(vocab, width, monkeypatch):
+    monkeypatch.setattr(divergence, "SLAB", 4)
+    found = list(divergence.tiles(vocab, width))
+    assert [token for tile in found for token in range(vocab)[tile]] == list(range(vocab))
+    for tile in found:
+        size = tile.stop - tile.start
+        assert size <= max(width, 1)
+        assert size <= 4 or size % 4 == 0

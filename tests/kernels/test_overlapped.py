@@ -30,7 +30,7 @@ SMALL = Tile(block_rows=16, block_vocab=64, block_depth=32, warps=8, stages=3, t
 def software(monkeypatch, device):
     """The kernel's stand-in; its schedule is drawn from ``seed``, and ``splits`` programs share the vocabulary."""
     launcher = partitions.Launcher(overlapped._overlapped)
-    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: launcher.splits)
+    monkeypatch.setattr(launch.Bands, "of", lambda row_blocks, *_: launch.Bands(row_blocks, 0, launcher.splits))
     monkeypatch.setattr(tl.block_type, "layout", None, raising=False)  # the kernel hands it on
     monkeypatch.setattr(overlapped, "_overlapped", launcher)
     return launcher
@@ -105,20 +105,6 @@ def test_a_whole_decode_takes_the_tile_of_an_entry(tmp_path, monkeypatch, softwa
     assert software.launches
 
 
-def faulty(monkeypatch, old, new):
-    """The kernel with a mistake planted in its source."""
-    import inspect
-
-    function = overlapped._take_turns.fn
-    source = inspect.getsource(function).partition("\n")[2]
-    assert old in source
-    namespace = dict(function.__globals__)
-    exec(compile("from __future__ import annotations\n" + source.replace(old, new), "<faulty>", "exec"), namespace)
-    planted = type(overlapped._take_turns).__new__(type(overlapped._take_turns))
-    planted.fn = namespace["_take_turns"]
-    monkeypatch.setattr(overlapped, "_take_turns", planted)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -133,7 +119,7 @@ def faulty(monkeypatch, old, new):
     ],
 )
 def test_mistakes_are_found(old, new, monkeypatch, software):
-    faulty(monkeypatch, old, new)
+    partitions.plant(monkeypatch, overlapped, "_take_turns", {old: new})
     tile = dataclasses.replace(SMALL, merged=4)
     x, w = operands(4, 64, 64 * 14, torch.bfloat16, "cpu")
 

@@ -1,5 +1,6 @@
 """The static model on machine code small enough to count by hand."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def test_prediction():
     assert prediction.overlapped == pytest.approx(max(product, (issue + 4 * 2 * 64) / 0.75, 640) / product)
     assert prediction.programs == 1
     assert static.predict(report(FLAT), 128, 32, 64, 4096, 90).serial == pytest.approx((product + 640) / product)
+
+
+def test_prediction_of_two_halves():
+    """A group's 64 rows on a warp a scheduler: in step the epilogue is added, held back what outlasts the lag."""
+    kernel = dataclasses.replace(report(FLAT), kernel="_cooperative", constants={"LAG": 2})
+    found = static.predict(kernel, 128, 32, 64, 4096, 90)
+    product = 2 * 128 * 32 * 4096 / 4096 / 0.8
+    epilogue = max(40 * 128 / 16, (20 + 40 + 60 + 1) / 0.55)
+    assert found.serial == pytest.approx((product + epilogue) / product)
+    assert found.overlapped == pytest.approx((product + epilogue - 2 * product / 64 / 2) / product)
 
 
 def test_code_without_a_product_is_refused():

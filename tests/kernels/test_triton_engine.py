@@ -8,12 +8,15 @@ import pytest
 import reference
 import torch
 from cases import DIVERGENCES, ONE_PASS, assert_close, assert_same_bits, assert_void, problem
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 from tuned_lens_fast.engines import choose, operators
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.losses import Derivative, losses, question
 from tuned_lens_fast.engines.triton import TritonEngine, plan
+from tuned_lens_fast.kernels import top_k
 from tuned_lens_fast.kernels.launch import built_in_tile
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -100,8 +103,11 @@ def test_hidden_states_may_be_views(device):
     assert_same_bits(dataclasses.replace(asked, hidden=views).decode(ENGINE), asked.decode(ENGINE))
 
 
-def test_rows_without_order_are_decoded_again(device):
+@pytest.mark.parametrize("few", [False, True])
+def test_rows_without_order_are_decoded_again(few, monkeypatch, device):
     """Rows of zeros have more candidates than fit; the others of their layer stay as they are."""
+    if not few:
+        monkeypatch.setattr(top_k, "MOST_ROWS", 0)
     asked = problem(BF16, 32, 331, device, positions=5, stats=frozenset({"max_prob"}), top_k=3)
     before = asked.decode(ENGINE)
     asked.hidden[1][2] = 0.0
@@ -109,6 +115,63 @@ def test_rows_without_order_are_decoded_again(device):
     asked.check(got)
     assert got["top_ids"][1, 2].tolist() == [0, 1, 2]
     assert_same_bits(got, before, [0, 1, 3, 4])
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"bias": True, "scale": 0.5, "softcap": 2.0}], ids=str)
+def test_the_top_k_of_every_logit(options, monkeypatch, device):
+    """Of rows with ties, with fewer finite logits than k, and with a NaN, as the eager engine has it."""
+    monkeypatch.setattr(top_k.Room, "of", lambda *_: top_k.Room(8, 1, 128))  # more rows have no room for all
+    asked = problem(BF16, 32, 300, device, layers=1, positions=6, stats=frozenset({"max_prob"}), top_k=4, **options)
+    asked.hidden[0][2:4] = 0.0
+    asked.hidden[0][3, 1] = 0.5
+    if "softcap" not in options and options:
+        asked.head.bias[:] = -torch.inf
+        asked.head.bias[[7, 299]] = 0.25
+    asked.hidden[0][5, 0] = torch.nan
+    got, wanted = asked.decode(ENGINE), asked.decode(EagerEngine())
+    assert torch.equal(got["top_ids"][0, [2, 5]], wanted["top_ids"][0, [2, 5]])
+    torch.testing.assert_close(got["top_log_probs"], wanted["top_log_probs"], atol=1e-4, rtol=1e-5, equal_nan=True)
+
+
+class Launches(TorchDispatchMode):
+    """Counts what PyTorch computes, and not what only makes a tensor or looks at one in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.interpreting = [], False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        answer = function(*args, **(kwargs or {}))
+        if self.interpreting:
+            return answer
+        results = [value for value in (answer if isinstance(answer, (tuple, list)) else [answer])]
+        schema = function._schema
+        is_view = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+        if not is_view and "empty" not in schema.name and any(isinstance(value, torch.Tensor) for value in results):
+            self.names.append(schema.name)
+        elif "_local_scalar_dense" in schema.name:
+            pytest.fail("a decode of few rows waits for the GPU")
+        return answer
+
+
+@pytest.mark.parametrize(("stats", "most"), [(ONE_PASS, 27), (ONE_PASS | {"kl"}, 49)], ids=["one pass", "kl"])
+def test_few_rows_take_few_launches_and_wait_for_none(stats, most, monkeypatch, device):
+    """As many as a CUDA graph of a decode has: 16 layers at one position with a top 5, which the kernels serve."""
+    asked = problem(BF16, 32, 331, device, layers=16, positions=1, stats=stats, top_k=5)
+    counted, run = Launches(), GridExecutor.__call__
+
+    def interpreted(kernel, *args, **constants):
+        counted.names.append(kernel.fn.__name__)
+        counted.interpreting = True
+        run(kernel, *args, **constants)
+        counted.interpreting = False
+
+    monkeypatch.setattr(GridExecutor, "__call__", interpreted)
+    readout = Readout((None,) * 16, Norm("identity"), asked.head)
+    with counted:
+        ENGINE._decode(asked.hidden, readout, asked.query, BUDGET)
+    assert "_order_every_logit" in counted.names
+    assert len(counted.names) <= most, counted.names
 
 
 @pytest.mark.parametrize("top_k", [11, 129, 331])

@@ -1,16 +1,21 @@
 """The vocabulary pass against float64 of the very same operands."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import reference
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuned_lens_fast.engines.interface import NO_TARGET, Head
 from tuned_lens_fast.engines.statistics import LSE, STATISTICS
 from tuned_lens_fast.kernels import launch
+from tuned_lens_fast.kernels.logits import MASKED
+from tuned_lens_fast.kernels.running_state import is_above, steepness
 from tuned_lens_fast.kernels.target_logits import target_logits
 from tuned_lens_fast.kernels.vocabulary_pass import vocabulary_pass
 
@@ -195,17 +200,48 @@ def test_a_bad_row_harms_itself_only(bad, top_k, device):
         assert value[0, 5] == 0 if name == "rank" else value[0, 5].isnan(), (name, value[0, 5])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 100])
-def test_splits_merge(splits, monkeypatch, device):
-    """However the vocabulary is cut, in the same way every time; the parts differ widely in size."""
-    x, w = operands(5, 32, 700, torch.bfloat16, device)
+@pytest.mark.parametrize(("size", "splits", "last_splits"), [(9, 0, 1), (9, 0, 10), (1, 2, 4), (2, 3, 1), (1, 10, 3)])
+def test_parts_merge(size, splits, last_splits, monkeypatch, device):
+    """However rows and vocabulary are cut, in the same way every time; the parts differ widely in size."""
+    rows = 3 * launch.vocabulary_tile(device, torch.bfloat16, 32).block_rows + 5
+    x, w = operands(rows, 32, 700, torch.bfloat16, device)
     w[:128] *= 20
-    targets = ids(5, 700, device)
-    monkeypatch.setattr(launch, "vocabulary_splits", lambda *_: min(splits, 700 // 64))
+    targets = ids(rows, 700, device)
+    bands = launch.Bands(min(size, 4), splits, last_splits)
+    monkeypatch.setattr(launch.Bands, "of", lambda *_: bands)
     got = check(x, Head(w), targets)
     again = statistics_of(x, Head(w), targets)
     for name, value in got.items():
         assert torch.equal(value.nan_to_num(7.0), again[name].nan_to_num(7.0)), name
+
+
+@triton.jit
+def _above(z, target, above, steep, BM: tl.constexpr, MEMBERS: tl.constexpr):
+    row = tl.arange(0, BM)
+    at = row[:, None] * (8 * MEMBERS) + tl.arange(0, 8 * MEMBERS)[None, :]
+    own = tl.load(target + row)
+    found = is_above(tl.load(z + at).reshape(BM, MEMBERS, 8), own, BM, MEMBERS)
+    tl.store(above + at, found.reshape(BM, 8 * MEMBERS))
+    tl.store(steep + row, steepness(own))
+
+
+def test_logits_above_the_target(device):
+    """By comparing, or by the instruction that a GPU has for it, which is computed here in fractions."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(16, generator=generator) * 10
+    target[:6] = torch.tensor([0.0, 1e5, -3e8, 2.0**27, MASKED.value, 1e-20])
+    z = target[:, None] + torch.randn(16, 64, generator=generator) * target[:, None].abs() * 1e-6
+    z[:, 0], z[:, 1], z[:, 2] = target, torch.nextafter(target, torch.tensor(torch.inf)), -target
+    z[:, 3], z[:, 4], z[:, 5] = torch.nextafter(target, torch.tensor(-torch.inf)), MASKED.value, 0.0
+    z[0, [1, 3]] = torch.tensor([2.0**-100, -(2.0**-100)])
+    above, steep = torch.empty_like(z, device=device), torch.empty_like(target, device=device)
+    _above[(1,)](z.to(device), target.to(device), above, steep, BM=16, MEMBERS=8)
+    assert torch.equal(above.cpu(), (z > target[:, None]).float())
+    below = (target * -steep.cpu()).tolist()
+    for row, own, c, power in zip(z.tolist(), target.tolist(), below, steep.tolist(), strict=True):
+        for value in row:
+            clamped = min(max(Fraction(value) * Fraction(power) + Fraction(c), 0), 1)
+            assert clamped == (value > own)
 
 
 def test_what_is_not_asked_for_is_not_there(device):

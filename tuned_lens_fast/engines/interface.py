@@ -193,6 +193,7 @@ class Tiling:
     positions: int  #: positions of a chunk of rows
     tile: int  #: tokens of a vocabulary tile whose logits exist in memory at once
     scratch: int  #: bytes at most, beside inputs and results
+    all_logits: int = 0  #: rows, if all are so few that scratch has room for all their logits, should they be needed
 
 
 class BudgetError(ValueError):

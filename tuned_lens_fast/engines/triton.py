@@ -4,8 +4,9 @@ Nothing of size rows x vocabulary exists. The final norm needs a whole row befor
 hold everything without recomputing the translator for every slice of the vocabulary: x is written once,
 ``[rows, d_model]``, and the vocabulary pass reads it.
 
-To PyTorch all of it is one operator, ``tuned_lens_fast::triton_decode``: torch.compile sees no graph break, and a
-decode without top k can be captured in a CUDA graph.
+To PyTorch all of it is one operator, ``tuned_lens_fast::triton_decode``: torch.compile sees no graph break. A decode
+can be captured in a CUDA graph: one without a top k, and one of few rows (top_k.py's ``MOST_ROWS``), which nowhere
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tuned_lens_fast.engines.eager import MIN_TILE, EagerEngine, scratch_bytes
 from tuned_lens_fast.engines.interface import BudgetError, Head, Norm, Query, Readout, Tiling, Translator
 from tuned_lens_fast.engines.state import State, Wanted
 from tuned_lens_fast.engines.statistics import OF_TOKENS, asked, by_two_passes, divergences
-from tuned_lens_fast.engines.tiling import empty_answer, even, slices
+from tuned_lens_fast.engines.tiling import empty_answer, even
 
 MISSING: str | None = None
 try:
@@ -42,9 +43,9 @@ else:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: The reference's u is two products a position; more positions at once than this do not make them faster.
 REFERENCE_POSITIONS = 2048
-#: Tokens whose logits u takes at once: few, since matrix units add with truncation (16,384 cost KL twice the error on
-#: an H100), and not so few that launching takes longer than computing.
-REFERENCE_TILE = 8192
+#: Tokens whose logits u takes at once, at most and where the budget allows: launching a tile of 4,096 took longer than
+#: computing it for a d_model up to 2,048 on an H100.
+REFERENCE_TILE = 65_536
 
 
 class TritonEngine(Engine):
@@ -127,7 +128,10 @@ class TritonEngine(Engine):
         state, group_maxima = vocabulary_pass.vocabulary_pass(
             x, head, tile, target_logits=targets, running=wanted.running, group_maxima=wanted.top_k > 0
         )  # fmt: skip
-        return state if group_maxima is None else top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
+        if group_maxima is None:
+            return state
+        state = top_k.top_k(x, head, group_maxima, state, wanted.top_k, tile)
+        return top_k.of_every_logit(x, head, state, tile) if len(x) <= tiling.all_logits else state
 
     def divergence_pass(
         self, x: Tensor, state: State, reference: Reference, head: Head, names: Collection[str], tiling: Tiling
@@ -145,12 +149,12 @@ class TritonEngine(Engine):
         rows = matmul.pack(x)
 
         def multiply(a: Tensor, b: Tensor) -> Tensor:
-            return torch.mm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
+            return torch.bmm(a, b, out_dtype=torch.float32) if matmul.narrow else a.float() @ b.float()
 
         parts = 2 if exact and head.weight.dtype.itemsize < 4 else 1
         expectation = divergence.Expectation(x.shape[0], x.shape[1], x.device, parts)
-        for tokens in slices(head.vocab, width):
-            expectation.add(matmul(rows, tokens, width), head.weight[tokens], multiply)
+        for tokens in divergence.tiles(head.vocab, width):
+            expectation.add(matmul(rows, tokens, tokens.stop - tokens.start), head.weight[tokens], multiply)
         return expectation.state()
 
     def decode(self, hidden: Sequence[Tensor], readout: Readout, query: Query, memory_budget: int) -> dict[str, Tensor]:
@@ -245,22 +249,25 @@ def plan(
         fixed += min(len(query.watch), WATCH_TILE) * d_model * 8
 
     def state(row_count: int) -> int:
-        splits = launch.Partition.of(row_count, head, tile).splits
-        return 16 * row_count * ((1 + tile.overlapped) * splits + 4)
+        return launch.Partition.of(row_count, head, tile).state_bytes + 64 * row_count
+
+    z = 4 + 4 * (head.bias is not None or head.scale != 1.0)
+
+    def of_reference(block: int, width: int) -> int:
+        """While u is computed: logits with both parts of their softmax, and the products of these."""
+        if not by_identity:
+            return 0
+        products = -(-width // divergence.SLAB) * 8 * d_model
+        return fixed + block * (a_position + width * (z + 2 * narrow) + products) + head_is_wide * width * d_model * 4
 
     def needed(block: int, group: int, width: int) -> int:
         rows = block * group
         decode = fixed + block * a_position + rows * a_row + state(rows)
-        z = 4 + 4 * (head.bias is not None or head.scale != 1.0)
-        weight = head_is_wide * width * d_model * 4
         if gradient:  # logits with their softmax in W's dtype; with a softcap, the slope and the reference's beside
-            z += narrow if head.softcap is None else 24
-            decode += rows * width * z + weight
-        if not by_identity:
-            return decode
-        # While u is computed: logits with both parts of their softmax, and the products of these.
-        logits = block * width * (z + 2 * narrow)
-        return max(decode, fixed + block * (a_position + 8 * d_model) + logits + weight)
+            beside = narrow if head.softcap is None else 24
+            products = (-(-width // divergence.SLAB) - 1) * 4 * d_model
+            decode += rows * (width * (z + beside) + products) + head_is_wide * width * d_model * 4
+        return max(decode, of_reference(block, width))
 
     # Rows that top_k.py hands back are decoded by the eager engine, with three quarters of the budget.
     again = Query(frozenset(), top_k=query.top_k)
@@ -269,6 +276,8 @@ def plan(
     )
     block = min(positions, REFERENCE_POSITIONS) if divergences(query) else positions
     group, width = layers, min(REFERENCE_TILE, head.vocab)
+    while width > divergence.SLAB and of_reference(block, width) > memory_budget:
+        width //= 2
     while needed(block, group, width) > memory_budget and (group > 1 or block > 1 or width > 256):
         if gradient and width > 2048:
             width //= 2
@@ -285,7 +294,12 @@ def plan(
         raise BudgetError(memory_budget, least)
     while group < layers and needed(block, group + 1, width) <= memory_budget:
         group += 1
-    return Tiling(even(layers, group), even(positions, block), width, max(least, needed(block, group, width)))
+    scratch, few = max(least, needed(block, group, width)), 0
+    if query.top_k and block * group >= layers * positions <= top_k.MOST_ROWS:
+        with_logits = needed(block, group, width) + 4 * layers * positions * head.vocab
+        if with_logits <= memory_budget:
+            scratch, few = max(least, with_logits), layers * positions
+    return Tiling(even(layers, group), even(positions, block), width, scratch, few)
 
 
 def _precision() -> launch.Precision:
@@ -299,7 +313,10 @@ def _tile(head: Head, query: Query) -> launch.Tile:
     tile = launch.vocabulary_tile(weight.device, weight.dtype, weight.shape[1], _precision(), query.top_k > 0)
     if weight.data_ptr() % 16 or weight.stride(0) * weight.dtype.itemsize % 16:
         tile = tile.without_tma()
-    return replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k)) if query.top_k else tile
+    if not query.top_k:
+        return tile
+    row_bytes = weight.shape[1] * weight.dtype.itemsize
+    return replace(tile, merged=launch.merged_tiles(head.vocab, tile, query.top_k, row_bytes))
 
 
 def _slots(head: Head, query: Query) -> int:
