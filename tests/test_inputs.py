@@ -313,7 +313,8 @@ def test_a_finished_run_says_so(saved, capsys, tmp_path):
     said = capsys.readouterr().err
     assert "run is already complete" in said
     assert "positions/s" not in said
-    from tuned_lens_fast.plotting.serve import Run
+    from tuned_lens_fast.plotting.serve import Run, texts_of
 
-    (info,) = Run(tmp_path / "run").texts[0].header["runs"]
+    (text,) = texts_of(Run(tmp_path / "run"))
+    (info,) = text.header["runs"]
     assert (info["watched"], info["watchedNames"]) == ([-1], ["x"])

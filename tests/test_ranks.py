@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import tiny_text_model
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from several_ranks import on_ranks
 from tiny_models import tiny
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -67,7 +68,7 @@ CASES = {
     "native": {},
     "eager": {"engine": "eager"},
     "chunks": {"chunk": 4},
-    "small budget": {"memory_budget": 200_000},
+    "small budget": {"memory_budget": 500_000},
     "left": {"attention_mask": (torch.arange(9) >= torch.tensor([[0], [4]])).long()},
     "given targets": {"targets": torch.where(IDS % 5 == 0, -100, IDS.flip(1)), "stats": ["rank"], "top_k": 0},
     "one position": {"ids": IDS[:, :1], "top_k": 101},
@@ -92,9 +93,9 @@ def more_ranks_than_tokens():
     for vocab in (3, 1):
         model = tiny("llama", vocab_size=vocab, pad_token_id=0, bos_token_id=0, eos_token_id=0)
         lens = lens_of(model)
-        for split in ("rows", "vocabulary"):
-            asked = {"ids": IDS[0, :2] % vocab, "watch": [vocab - 1], "top_k": 1, "split": split}
-            found[vocab, split] = read(model, lens, **asked)
+        for split, engine in itertools.product(("rows", "vocabulary"), ("auto", "eager")):
+            asked = {"ids": IDS[0, :2] % vocab, "watch": [vocab - 1], "top_k": 1, "split": split, "engine": engine}
+            found[vocab, split, engine] = read(model, lens, **asked)
     return found
 
 
@@ -251,7 +252,9 @@ def test_a_split_finds_what_one_process_finds(pair, model_type, name):
     wanted = read(model, **CASES[name])
     if model_type != "phi" and name != "one position":
         assert wanted["rank"].max() > 20
-    for split, compare in (("rows", assert_same), ("vocabulary", assert_close)):
+    # Ranks that share rows run the model in longer chunks on the same budget, which rounds its states otherwise.
+    rows = assert_close if name == "small budget" else assert_same
+    for split, compare in (("rows", rows), ("vocabulary", assert_close)):
         first, second = (rank["whole_on_every_rank"][model_type, split, name] for rank in pair)
         assert_same(first, second)
         compare(first, wanted)
@@ -322,8 +325,8 @@ def test_more_ranks_than_tokens(four):
     for vocab in (3, 1):
         model = tiny("llama", vocab_size=vocab, pad_token_id=0, bos_token_id=0, eos_token_id=0)
         wanted = read(model, ids=IDS[0, :2] % vocab, watch=[vocab - 1], top_k=1)
-        for split in ("rows", "vocabulary"):
-            found = [rank["more_ranks_than_tokens"][vocab, split] for rank in four if rank]
+        for asked in itertools.product(("rows", "vocabulary"), ("auto", "eager")):
+            found = [rank["more_ranks_than_tokens"][(vocab, *asked)] for rank in four if rank]
             for other in found[1:]:
                 assert_same(found[0], other)
             assert_close(found[0], wanted)  # the product of a single row may round otherwise than that of two

@@ -7,7 +7,7 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from several_ranks import on_ranks
 from tiny_models import D_MODEL, tiny
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard

@@ -7,7 +7,7 @@ import pytest
 import tiny_text_model
 import torch
 import torch.distributed as dist
-from ranks import on_ranks
+from several_ranks import on_ranks
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 

@@ -146,8 +146,9 @@ def scratch_bytes(
     vectors = 7 + 3 * bool(divergences(query))  # h, h A^T, x before, in and after the norm; reference, u
     if gradient:  # sum exp(z - m) W and a tile's, the residual, its gradient and what that is made of
         vectors += 7
-    # Rows of W or A, for the dtype or the order that a product wants, and those of targets whose rank is asked for.
-    plain = head.weight.dtype == torch.float32 and 1 in head.weight.stride() and not cast and "rank" not in query.stats
+    # Rows of W or A, for the dtype or the order that a product wants, and those of watched tokens and of targets.
+    gathered = "rank" in query.stats or query.watch is not None
+    plain = head.weight.dtype == torch.float32 and 1 in head.weight.stride() and not cast and not gathered
     copies = 0 if plain else 2
     return (
         rows * tile * 4 * logits

@@ -201,4 +201,7 @@ class BudgetError(ValueError):
 
     def __init__(self, memory_budget: int, smallest: int) -> None:
         super().__init__(f"memory_budget: got {memory_budget} bytes; the smallest that works here is {smallest}")
-        self.smallest = smallest
+        self.memory_budget, self.smallest = memory_budget, smallest
+
+    def __reduce__(self) -> tuple:
+        return BudgetError, (self.memory_budget, self.smallest)  # what Exception gives is the message

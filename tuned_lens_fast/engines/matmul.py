@@ -20,8 +20,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Of W, that csrc/ multiplies; its sums are of fp32.
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: The most rows and tokens that csrc/ sums at once; of W a thread packs so many tokens and bytes, or LEAF tokens.
-LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 128, 2**18
+#: The most rows and tokens that csrc/ sums at once, and the fewest; of W a thread packs so many tokens and bytes, or
+#: LEAF tokens.
+LEAF, SMALLEST_LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 16, 128, 2**18
+#: Above so many top tokens, a pass's sorted insertion costs more than a selection from the tile.
+MOST_IN_PASS = 64
 
 
 def constant_in_graphs(function: Function) -> Function:
@@ -202,11 +205,12 @@ class NativeMatmul(Matmul):
         # Of the rows and of the reference: x in fp32. Of those that are multiplied: their parts.
         x = (rows + LEAF) * 4 * (2 * weight.shape[1] + parts * max(deep, added))
         # Of every thread: a block of W, its logits, and what is found of every row.
-        thread = max(BLOCK_BYTES, LEAF * max(deep, added) * 4 * parts) + LEAF * BLOCK_TOKENS * 4
-        thread += rows * 8 * (3 + top_k)
+        number = 2 if self.parts else 4
+        thread = max(BLOCK_BYTES, LEAF * max(deep, added) * number * parts) + LEAF * BLOCK_TOKENS * 4
+        thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
         bias = 0 if self.bias is None else self.head.vocab * 4
         copies = tile * weight.shape[1] * 4 * ((weight.stride(1) != 1) + bool(added)) + rows * deep * 4 * bool(added)
-        return x + _threads() * thread + bias + copies
+        return x + min(_threads(), -(-self.head.vocab // SMALLEST_LEAF)) * thread + bias + copies
 
 
 def bf16_split(dtype: torch.dtype, fp32_precision: str) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from tuned_lens_fast.engines.decoding import Reference
 from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head, Tiling
 from tuned_lens_fast.engines.matmul import (
+    MOST_IN_PASS,
     NATIVE_DTYPES,
     Matmul,
     NativeMatmul,
@@ -30,8 +31,6 @@ from tuned_lens_fast.engines.matmul import (
 from tuned_lens_fast.engines.state import NO_KEY, SUMS, State, Wanted, largest_keys, tile_top_keys
 from tuned_lens_fast.engines.statistics import DIVERGENCES
 
-#: Above so many, the pass's sorted insertion costs more than a selection from the tile.
-MOST_IN_PASS = 64
 #: What multiplies on CPUs, as it is named in TUNED_LENS_FAST_CPU and to people, in the order of csrc/processor.h.
 UNITS = {
     "plain": "products by PyTorch",

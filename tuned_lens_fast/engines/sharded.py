@@ -134,7 +134,7 @@ class ShardedEngine(Engine):
         found = x.values.new_full((layers, len(own)), -torch.inf, dtype=torch.float32)
         here = (own != NO_TARGET).nonzero()[:, 0]
         # A product with the rows of as many targets as a tile has tokens, whatever position they belong to.
-        for at in here.split(width):
+        for at in here.split(width) if len(here) else ():
             z = matmul.logits_of(x, own[at], width).unflatten(0, (layers, -1))
             found[:, at] = z[:, at, torch.arange(len(at), device=at.device)]
         (parts,) = zip(*self._ranks.gather([found.flatten()]), strict=True)
