@@ -28,6 +28,7 @@ import tuned_lens_fast as tl
 import tuned_lens_fast.cli.arguments
 import tuned_lens_fast.cli.decode  # or cli.decode were there only once it has been used
 from tuned_lens_fast import cli, progress
+from tuned_lens_fast.cli.launched import device_of
 from tuned_lens_fast.data import parts
 from tuned_lens_fast.plotting import print_table
 
@@ -629,6 +630,9 @@ def test_version_and_help_import_nothing_that_a_decode_may_not_need():
         (["{model}", "--states", "{tmp}"], 2, "--states: of a folder, wanted --out with a folder, got none"),
         (["{model}", "--states", "{binary}", "--chat"], 2, "--chat is for texts that a model runs on"),
         (["{model}", "--states", "{binary}", "--chunk", "3"], 2, "--chunk is for texts"),
+        (["{model}", "--states", "{binary}", "--dtype", "float16"], 2, "--dtype is for texts"),
+        (["{model}", "--states", "{binary}", "--revision", "old"], 2, "--revision is for texts"),
+        (["{tmp}/absent", "--states", "{binary}"], 1, "model: there is no folder"),
         (["{model}", "--states", "{tmp}", "--device-map", "auto", "--out", "x"], 2, "--device-map is for texts"),
         (["{model}", "--states", "{binary}"], 1, "source: cannot read .*binary"),
         (["{model}", "--states", "{tmp}/absent"], 1, "source: there is no file .*absent"),
@@ -650,6 +654,35 @@ def test_errors_are_one_line(argv, code, problem, folder, tmp_path, capsys):
     assert re.fullmatch(rf"tuned-lens-fast: error: .*{problem}.*\n", captured.err)
     assert len(captured.err) < 1000
     assert os.listdir(tmp_path) == ["binary"]
+
+
+@pytest.mark.parametrize("command", ["decode", "train"])
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--tp", "8", "--device-map", "auto"], "--tp: each process has its part .*; drop --device-map"),
+        (["--tp", "8", "--device", "cpu"], "--tp: each process has its part .*; drop --device"),
+        (["--device-map", "auto"], "--device-map: 8 processes on this machine"),
+        (["--device", "cuda:0"], "--device: 8 processes on this machine would share 'cuda:0'; wanted cuda"),
+    ],
+)
+def test_a_place_that_processes_cannot_share(command, options, problem, capsys, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    text = ["hi"] if command == "decode" else ["--text", "text"]
+    with pytest.raises(SystemExit):
+        cli.main([command, "model", *text, "--out", "run", *options])
+    assert re.search(problem, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_a_gpu_of_ones_own_is_named(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "99")
+    monkeypatch.setenv("LOCAL_RANK", "98")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="device: cannot use 'cuda:98': "):
+        device_of(name)
 
 
 def test_debug_shows_the_traceback(folder, capsys):

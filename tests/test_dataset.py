@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_text_model import LAYERS
+from torch import nn
 
 import tuned_lens_fast as tl
 from tuned_lens_fast import progress
@@ -358,6 +359,19 @@ def test_a_tuned_lens_is_told_from_another(tiny, documents, tmp_path):
     tuned[2].bias.data[7] += 1e-3
     with pytest.raises(ValueError, match="another lens"):
         tl.decode_documents(model, tuned, documents, out=out)
+
+
+def test_a_norm_that_has_no_formula_is_told_from_another():
+    norm = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8))
+    norm[1].register_buffer("scale", torch.ones(8))
+    lens = tl.LogitLens(tl.Unembed.from_modules(norm, nn.Linear(8, 11)))
+    assert lens.unembed.norm.kind == "module"
+    hashes = [fingerprint.of_lens(lens), fingerprint.of_lens(lens)]
+    for tensor in (norm[0].bias, norm[1].scale):
+        tensor.data[3] += 1
+        hashes.append(fingerprint.of_lens(lens))
+    assert hashes[0] == hashes[1]
+    assert len({*hashes}) == 3
 
 
 def test_other_things_are_left_alone(tiny, lens, documents, tmp_path):

@@ -21,6 +21,7 @@ from tuned_lens_fast import (
 )
 from tuned_lens_fast.data.parts import load_run
 from tuned_lens_fast.engines import ENGINES
+from tuned_lens_fast.engines.interface import Norm
 from tuned_lens_fast.model_surgery import get_transformer_layers
 from tuned_lens_fast.plotting import PredictionTrajectory
 
@@ -183,6 +184,16 @@ def test_what_changes_at_home_changes_elsewhere(devices):
     after, home = lens.decode(states), lens.unembed.head.weight.device
     assert not torch.equal(after.entropy[0], before.entropy[0])
     assert_close(after.to("cpu"), lens.decode([entry.to(home) for entry in states]).to("cpu"))
+
+
+def test_a_norm_whose_buffer_changes_is_copied_anew():
+    module, copies = nn.Module(), replicas._Replicas()
+    module.register_buffer("scale", torch.ones(3))
+    norm = Norm("module", module=module)
+    first = copies.copy("norm", torch.device("cpu"), norm)
+    assert copies.copy("norm", torch.device("cpu"), norm) is first
+    module.scale.mul_(2)
+    assert copies.copy("norm", torch.device("cpu"), norm) is not first
 
 
 def test_states_from_elsewhere_are_refused(devices):

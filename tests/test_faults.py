@@ -26,7 +26,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuned_lens_fast.atomic_write import atomic_write
+from tuned_lens_fast.atomic_write import atomic_write, machine
 from tuned_lens_fast.cli import main
 from tuned_lens_fast.data import folder, load_run, parts
 from tuned_lens_fast.data.claims import Claims
@@ -396,7 +396,7 @@ def test_claims(tmp_path):
         assert not later.checked(3)
 
 
-@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="threads of one process have the same locks here")
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of one process have the same locks here")
 def test_several_work_on_one_run(tiny, undisturbed, tmp_path, monkeypatch):
     """Each on some of it, none on what another has; all return when it is whole."""
     out, wrote, begin, start = tmp_path / "run", [], parts.RunFolder.begin, threading.Barrier(3)
@@ -415,6 +415,21 @@ def test_several_work_on_one_run(tiny, undisturbed, tmp_path, monkeypatch):
         assert all(done.result() for done in [pool.submit(work) for _ in range(3)])
     assert_same(out, undisturbed)
     assert len(wrote) == len(set(wrote)) == len(list(out.glob("*.parquet")))
+
+
+def test_what_another_machine_is_writing_stays(tiny, undisturbed, out):
+    """Locks that hold on each machine alone do not tell whether it is at work."""
+    part = sorted(out.glob("*.parquet"))[0]
+    part.unlink()
+    theirs, dead, abandoned = (
+        out / f".{part.name[:18]}.parquet.{mark}" for mark in ("0" * 8 + "-1", f"{machine()}-1", "0" * 8 + "-2")
+    )
+    for file in (theirs, dead, abandoned):
+        file.touch()
+    os.utime(abandoned, (0, 0))
+    forked_runs.decode(*tiny, out)
+    assert [file.exists() for file in (theirs, dead, abandoned)] == [True, False, False]
+    assert_same(out, undisturbed)
 
 
 def test_what_another_holds_is_waited_for(tiny, undisturbed, out, caplog):

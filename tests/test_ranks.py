@@ -15,7 +15,7 @@ import tiny_text_model
 import torch
 import torch.distributed as dist
 from several_ranks import on_ranks
-from tiny_models import tiny
+from tiny_models import LAYERS, tiny
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -139,7 +139,7 @@ def pair(folder):
         config = DistributedConfig(tp_size=2)
         model = AutoModelForCausalLM.from_pretrained(folder / "gemma2", distributed_config=config)
         decode_documents(model, LogitLens.from_model(model), DOCUMENTS, out=folder / "tp", chunk=16, **question())
-        decode_model(model, LogitLens.from_model(model), IDS, out=folder / "prompt", **question())
+        decode_model(model, LogitLens.from_model(model), IDS, out=folder / "prompt", layers=iter([0, 2]), **question())
 
     def mistakes():
         """What every rank raises when one does something else."""
@@ -281,6 +281,7 @@ def test_corpora(pair, folder):
         assert all((found[column] == values).all() for column, values in bits(wanted).items()), name
     for name in ("vocabulary", "tp"):
         assert (bits(folder / name)["token_id"] == bits(wanted)["token_id"]).all()
+    assert {*bits(folder / "prompt")["layer"].tolist()} == {0, 2, LAYERS}
 
 
 def test_one_mistake_is_everybodys(pair):

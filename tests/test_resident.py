@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream
+from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_documents, decode_model, residual_stream, train
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.parts import load_run
 from tuned_lens_fast.model_surgery import get_transformer_layers
@@ -107,6 +107,11 @@ def found(folders):
         again = lens.unembed.head.weight
         return before, in_training, after, again.data_ptr() == after.data_ptr(), model.lm_head.weight.full_tensor()
 
+    def fsdp2_shared_out():
+        with pytest.raises(ValueError, match="model: it is in FSDP2") as raised:
+            train(by_hand(tiny("llama")), None, [])
+        return str(raised.value)
+
     def fsdp1():
         model = FullyShardedDataParallel(tiny("llama"), device_id=torch.device("cpu"))
         return [refusal(Unembed, model), refusal(residual_stream, model, IDS), refusal(read, model)]
@@ -123,7 +128,7 @@ def found(folders):
             refusal(Unembed, stage),
         ]
 
-    return on_ranks(2, tensor_parallel, fsdp2, fsdp2_of_transformers, fsdp2_trained, fsdp1, pipeline)
+    return on_ranks(2, tensor_parallel, fsdp2, fsdp2_of_transformers, fsdp2_trained, fsdp2_shared_out, fsdp1, pipeline)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +182,10 @@ def test_a_lens_follows_a_model_that_fsdp2_trains(found):
         assert not torch.equal(before, after)
         assert torch.equal(after, wanted)
         assert kept  # it is not gathered again as long as nothing changes
+
+
+def test_a_lens_of_a_model_in_fsdp2_is_trained_by_no_group(found):
+    assert all("sequences are shared out" in rank["fsdp2_shared_out"] for rank in found)
 
 
 @pytest.mark.parametrize(("how", "named"), [("fsdp1", "FullyShardedDataParallel"), ("pipeline", "PipelineStage")])

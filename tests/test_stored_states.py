@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import D_MODEL, LAYERS, TYPES, VOCAB, tiny
 
 from tuned_lens_fast import LogitLens, TunedLens, Unembed, decode_model, decode_states, residual_stream
-from tuned_lens_fast.data.parts import load_run
+from tuned_lens_fast.data.parts import check_run, load_run
 
 LENGTHS = [9, 4, 1, 6]
 STATS = ["log_prob", "rank", "entropy", "max_prob", "kl", "js"]
@@ -185,6 +185,16 @@ def test_a_data_set(model, stored, tmp_path):
     changed[2]["hidden_states"] = changed[2]["hidden_states"] * 2
     with pytest.raises(ValueError, match="states"):
         decode_states(lens, changed, out=tmp_path / "given", **QUESTION)
+
+
+def test_a_run_goes_on_as_it_began_or_says_so(model, stored, tmp_path):
+    lens = LogitLens.from_model(model)
+    out = decode_states(lens, stored, out=tmp_path / "run", engine="eager")
+    next(out.glob("*.parquet")).unlink()
+    with pytest.warns(UserWarning, match=r"other conditions \(memory_budget \d+ then, 134217728 now\)") as said:
+        decode_states(lens, stored, out=out, memory_budget=2**27)
+    assert [warning.filename for warning in said] == [__file__]
+    assert check_run(out).complete
 
 
 IDS, STATES = torch.arange(3, 7), torch.randn(4, LAYERS + 1, D_MODEL)

@@ -117,7 +117,10 @@ def pair(folder):
 
     def mistakes():
         rank, found = dist.get_rank(), {}
+        (folder / f"of {rank}").mkdir()
+        os.chdir(folder / f"of {rank}")
         for name, changes in (
+            ("elsewhere", {"out": "lens"}),
             ("steps", {"steps": 5 + rank}),
             ("check", {"loss": "none" if rank else "kl"}),
             ("folder", {"out": folder / "whole", "seed": 5}),
@@ -185,6 +188,11 @@ def test_one_mistake_is_everybodys(pair):
     assert first["check"] == ("RuntimeError", f"rank 1 failed: ValueError: {second['check'][1]}")
     assert first["folder"][0] == "ValueError"
     assert second["folder"] == ("RuntimeError", f"rank 0 failed: ValueError: {first['folder'][1]}")
+    assert second["elsewhere"] == (
+        "FileNotFoundError",
+        "out: lens is not there, wanted a folder that all processes see",
+    )
+    assert first["elsewhere"] == ("RuntimeError", f"rank 1 failed: FileNotFoundError: {second['elsewhere'][1]}")
     outcomes = [found["nan"] if isinstance(found["nan"], tuple) else found["nan"]["kl"] for found in (first, second)]
     assert repr(outcomes[0]) == repr(outcomes[1]), "steps that are not finite are skipped by both"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +30,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def aside_of(path: Path) -> Path:
-    """The hidden name beside ``path``."""
-    name, mark = path.name, f".{os.getpid()}"
+    """The hidden name beside ``path``, of this process alone."""
+    name, mark = path.name, f".{machine()}-{os.getpid()}"
     while len(os.fsencode(f".{name}{mark}")) > _LONGEST_NAME:
         name = name[:-1]
     return path.with_name(f".{name}{mark}")
+
+
+def machine() -> str:
+    """Eight letters of this machine's name, hashed."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def put_in_place(aside: Path, path: Path) -> None:

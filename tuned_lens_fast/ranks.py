@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.messages import quoted, shortened
+from tuned_lens_fast.models.alias import is_fully_sharded
 from tuned_lens_fast.models.blocks import linear_head
 from tuned_lens_fast.models.resident import is_spread
 
@@ -188,10 +189,21 @@ def agree(together: tuple[Ranks, Split], model: Any, lens: Any, asked: dict[str,
     ranks.agree(facts)
 
 
+def check_not_sharded(model: Any, work: str) -> None:
+    """Refuse a model in FSDP2 for ``work`` that is shared out among processes, whose passes are unequal in number.
+
+    Raises:
+        ValueError: it is in FSDP2.
+    """
+    if any(map(is_fully_sharded, model.modules())):
+        raise ValueError(
+            f"model: it is in FSDP2, of which all ranks have to run all that one runs, and {work} are shared out; "
+            f"split it with tp_plan, or give each process a model of its own"
+        )
+
+
 def tensor_parallel_group(model: Any) -> Any:
     """The process group over which weights of the model are cut; None where they are whole, or FSDP2's."""
-    from tuned_lens_fast.models.alias import is_fully_sharded
-
     if any(map(is_fully_sharded, model.modules())):
         return None
     for parameter in model.parameters():

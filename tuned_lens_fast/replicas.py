@@ -40,7 +40,7 @@ class _Replicas:
         """``part``, a dataclass, with its tensors and modules on ``device``."""
         tensors = [value for value in vars(part).values() if isinstance(value, Tensor)]
         module = getattr(part, "module", None)
-        originals = [*tensors, *(() if module is None else module.parameters())]
+        originals = [*tensors, *(() if module is None else (*module.parameters(), *module.buffers()))]
         now = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in originals]
         with self._lock:
             held = self._held.get((name, device))

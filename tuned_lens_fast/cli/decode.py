@@ -27,7 +27,7 @@ from torch import Tensor
 from tuned_lens_fast import progress
 from tuned_lens_fast.atomic_write import atomic_write
 from tuned_lens_fast.cli.arguments import add_engine_options, add_model_options, layer_numbers, positive
-from tuned_lens_fast.cli.launched import add_tp, check_tp, group_of, processes
+from tuned_lens_fast.cli.launched import add_tp, check_place, check_tp, group_of, processes
 from tuned_lens_fast.cli.loading import (
     check_folder,
     check_sizes,
@@ -149,8 +149,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         for option in ("generate", "compare", "chunk", "gguf_file", "device_map", "tp"):
             if getattr(args, option) is not None:
                 parser.error(f"--{option.replace('_', '-')} is for texts that a model runs on, not for --states")
-        if args.chat:
-            parser.error("--chat is for texts that a model runs on, not for --states")
+        for option, default in (("chat", False), ("dtype", "auto"), ("revision", "main")):
+            if getattr(args, option) != default:
+                parser.error(f"--{option} is for texts that a model runs on, not for --states")
         if args.states.is_dir() and not _is_folder(args.out):
             parser.error(f"--states: of a folder, wanted --out with a folder, got {args.out or 'none'}")
     for name, text in (("TEXT", args.text), *(("--watch", token) for token in args.watch or ())):
@@ -158,11 +159,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         if text is not None and any("\ud800" <= char <= "\udfff" for char in text):
             parser.error(f"{name}: got {quoted(text)}, wanted UTF-8")
     check_tp(parser, args.tp)
-    for name in ("device", "device_map", "gguf_file"):
-        if (args.tp or 1) > 1 and getattr(args, name):
-            parser.error(
-                f"--tp: each process has its part of the model on a GPU of its own; drop --{name.replace('_', '-')}"
-            )
+    check_place(parser, args)
     if processes() > (args.tp or 1) and not _is_folder(args.out):
         parser.error(
             f"--out: {processes()} processes share the work on a folder, got {args.out or 'none'}; or name --tp"
@@ -207,7 +204,7 @@ def _is_folder(out: Path | None) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    with group_of(args.tp or 1) as leads:
+    with group_of(args.tp or 1, args.device) as leads:
         if not leads and not _is_folder(args.out):
             args.out = None
         if not leads:
@@ -290,6 +287,7 @@ def _run(args: argparse.Namespace) -> None:
 def _run_on_states(args: argparse.Namespace, show: Console) -> None:
     """:func:`run` where the hidden states are there already."""
     _check_outputs(args)
+    check_folder(args.model)
     meter = ProgressBar(show, disable=args.quiet)
     with meter.shown(), _plan_shown(show, args.verbose):
         meter.say("loading norm and head")

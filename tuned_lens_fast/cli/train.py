@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tuned_lens_fast.artifacts import read_config
 from tuned_lens_fast.cli.arguments import ALSO, add_model_options, byte_count, layer_numbers, number, positive, whole
-from tuned_lens_fast.cli.launched import add_tp, group_of, processes
+from tuned_lens_fast.cli.launched import add_tp, check_place, group_of, processes
 from tuned_lens_fast.cli.loading import check_folder, gguf_in, load_model, load_tokenizer, model_errors
 from tuned_lens_fast.cli.texts import add_dataset_options, read_dataset, tokenized
 from tuned_lens_fast.data.folder import cannot_write
@@ -214,6 +214,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: list[
         parser.error(f"--held-out: got {args.held_out}, wanted a share between 0 and 1, or a file")
     if share is None and args.dataset is not None:
         parser.error("--held-out: wanted a share where the texts are a data set")
+    check_place(parser, args)
 
 
 def _resumes(args: argparse.Namespace) -> bool:
@@ -224,7 +225,7 @@ def _resumes(args: argparse.Namespace) -> bool:
 def run(args: argparse.Namespace) -> None:
     if args.tp not in (None, processes()):
         raise ValueError(f"tp: got {args.tp} and {processes()} processes, wanted all of them")
-    with group_of(processes()) as leads:
+    with group_of(processes(), args.device) as leads:
         args.quiet = args.quiet or not leads
         _run(args)
 

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import struct
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -148,7 +149,7 @@ def looks(what: str) -> Iterator[float]:
 
 def _set_lock(file: int, kind: int, at: int) -> None:
     """Lock or unlock one byte, without waiting."""
-    if hasattr(fcntl, "F_OFD_SETLK"):
+    if sys.platform == "linux":  # macOS has such locks too, but its structure has another layout
         # The open file's own, so that two threads exclude each other and another close() lets go of nothing.
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, at, 1, 0))
         return

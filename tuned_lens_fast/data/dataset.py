@@ -10,7 +10,6 @@ import functools
 import logging
 import os
 import platform
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -32,10 +31,9 @@ from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import DecodableLens
 from tuned_lens_fast.engines.tiling import even, slices
 from tuned_lens_fast.inputs import Watched, padded, read_prompt, read_watch
-from tuned_lens_fast.models.alias import is_fully_sharded
 from tuned_lens_fast.models.chunked_pass import frequencies_change_at
 from tuned_lens_fast.models.forward_pass import input_device
-from tuned_lens_fast.ranks import Ranks, Split, agree, ranks_of
+from tuned_lens_fast.ranks import Ranks, Split, agree, check_not_sharded, ranks_of
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import Prepared, hidden_dtype, prepare
 from tuned_lens_fast.validation import check_model
@@ -102,6 +100,7 @@ def decode_documents(
     Raises:
         ValueError, IndexError, TypeError: as :func:`decode_model`; also a folder that holds another run (of another
             model, lens, text or question) or anything else, or whose manifest is damaged.
+        BlockingIOError: another process is writing to ``out``, on Windows.
         OSError: the folder cannot be written. What is there stays whole; the same call resumes.
         ImportError: pyarrow is not installed.
     """
@@ -119,7 +118,7 @@ def decode_documents(
             "stats": stats,
             "chunk": chunk,
         }
-    asked["engine"] = _engine(engine, out, lens, together)
+    asked["engine"] = engine_of(engine, out, lens, together)
     lengths = held.lengths()
     if together is not None:
         text = {"documents": fingerprint.of_tensors(held)[:12], "targets": targets, "memory_budget": memory_budget}
@@ -177,7 +176,9 @@ def decode_to(
     with _all_or_none(together and together[0]):
         input_ids, attention_mask = read_prompt(input_ids, attention_mask, tokenizer, input_device(model))
         question["watch"] = read_watch(question.get("watch"), tokenizer)
-    question["engine"] = _engine(question.get("engine", "auto"), out, lens, together)
+        if together and isinstance(question.get("layers"), Iterable):
+            question["layers"] = [*question["layers"]]  # an iterator is read by agree() too
+    question["engine"] = engine_of(question.get("engine", "auto"), out, lens, together)
     if together is not None:
         asked = {"input_ids": input_ids, "attention_mask": attention_mask, "targets": targets, **question}
         agree(together, model, lens, {"out": str(out), **asked})
@@ -275,11 +276,6 @@ def _decode(
         if folder is None:
             _follow(prepared, inputs)
             return Path(out)
-        changed = [
-            f"{key} {folder.begun_with.get(key)} then, {value} now"
-            for key, value in made_with.items()
-            if folder.begun_with.get(key) != value
-        ]
         places = [(number, part) for number, share in enumerate(folder.shares) for part in range(len(share.rows))]
         chunks = [size for share in folder.shares for batch in share.batches for size in _sizes(batch.boundaries)]
         _log.info(
@@ -287,7 +283,7 @@ def _decode(
             len(names), sum(len(share.batches) for share in folder.shares), len(places), max(chunks),
             sum(folder.has(*place) for place in places),
         )  # fmt: skip
-        Writing(folder, prepared, names, inputs, tokenizer, changed).run()
+        Writing(folder, prepared, names, inputs, tokenizer).run()
     return Path(out)
 
 
@@ -300,7 +296,6 @@ class Writing:
     names: pa.Array
     inputs: _Inputs
     tokenizer: Any
-    changed: list[str]  #: conditions under which the run began, where they are others now
     _told: budget.MemoryPlan | None = None
     _open: Part | None = None  #: that chunks are being added to
 
@@ -326,7 +321,7 @@ class Writing:
                     self._tell(work)
                     if work is None:
                         break
-                    self._warn_of_changes()
+                    self.folder.warn_of_changes(stacklevel=5)
                     by_others = [other for other in expected if other != number and self.folder.has_all(other)]
                     progress.expect(self._rows(number, lacking) - expected.pop(number, 0))
                     progress.expect(-sum(map(expected.pop, by_others)))
@@ -360,15 +355,6 @@ class Writing:
         except Exception as error:
             self._tell(f"{type(error).__name__}: {error}")
             raise
-
-    def _warn_of_changes(self) -> None:
-        if self.changed:
-            warnings.warn(
-                f"out: the run began under other conditions ({'; '.join(self.changed)}), so that the last bits of what "
-                f"is decoded now may differ from an undisturbed run's",
-                stacklevel=5,
-            )
-            self.changed = []
 
     def _work(self, number: int, parts: Collection[int]) -> _Work:
         """The batches of a share, and the numbers of those of their chunks that some of its parts have."""
@@ -457,11 +443,8 @@ def _add(columns: tuple[Any, ...], part: Part) -> None:
 
 def _ranks_of(model: Any, split: Split | None) -> tuple[Ranks, Split] | None:
     """As :func:`ranks_of`, of a model whose ranks may run different documents at a time."""
-    if dist.is_available() and dist.is_initialized() and any(map(is_fully_sharded, model.modules())):
-        raise ValueError(
-            "model: it is in FSDP2, of which all ranks have to run all that one runs, and documents are shared out; "
-            "split it with tp_plan, or give each process a model of its own"
-        )
+    if dist.is_available() and dist.is_initialized():
+        check_not_sharded(model, "documents")
     return ranks_of(model, split)
 
 
@@ -507,7 +490,9 @@ def shares_of(planned: list[_Planned], layers: int, answer: int) -> list[Share]:
     return shares
 
 
-def _engine(asked: str, out: str | os.PathLike[str], lens: DecodableLens, together: tuple[Ranks, Split] | None) -> str:
+def engine_of(
+    asked: str, out: str | os.PathLike[str], lens: DecodableLens, together: tuple[Ranks, Split] | None
+) -> str:
     """What ``asked`` means for the folder: a run that is there goes on with its own engine, if that works here."""
     recorded = recorded_engine(out) if asked == "auto" else None
     if together is not None:

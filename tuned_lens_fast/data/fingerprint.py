@@ -52,6 +52,9 @@ def of_lens(lens: Any) -> str:
                 _add(digest, name, value, sample=True)
             elif not isinstance(value, nn.Module):
                 digest.update(f"{name} {value}".encode())
+            else:
+                for inner, tensor in (*value.named_parameters(), *value.named_buffers()):
+                    _add(digest, f"{name}.{inner}", plain(tensor), sample=True)
     return digest.hexdigest()
 
 

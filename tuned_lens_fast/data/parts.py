@@ -13,15 +13,16 @@ import io
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tuned_lens_fast.atomic_write import aside_of, atomic_write, put_in_place, sync_folder
+from tuned_lens_fast.atomic_write import aside_of, atomic_write, machine, put_in_place, sync_folder
 from tuned_lens_fast.data.claims import Claims, looks
 from tuned_lens_fast.data.folder import cannot_write, check_identity, digest
 from tuned_lens_fast.data.table import float_encodings
@@ -39,7 +40,9 @@ _LARGEST_MANIFEST = 2**30
 #: The key of every part's metadata, which is JSON: the run, the model, the lens, the versions.
 METADATA = b"tuned_lens_fast"
 _PART = re.compile(r"part-(\d{6,9})-(\d{6,9})-([0-9a-f]{16})\.parquet")
-_LEFTOVER = re.compile(rf"\.(?:{re.escape(MANIFEST)}|part-(\d{{6,9}})-\d{{6,9}}\.parquet)\.\d+")
+_LEFTOVER = re.compile(rf"\.(?:{re.escape(MANIFEST)}|part-(\d{{6,9}})-\d{{6,9}}\.parquet)\.([0-9a-f]{{8}})-\d+")
+#: Seconds after which nobody is at work on a file that was begun on another machine, whose locks may not be seen here.
+_ABANDONED = 3600
 #: Rows a row group holds at least, in whole layers: fewer cost more to write than reading past them does (1,024
 #: positions of 31 layers take 180 ms with a group a layer, 100 ms with groups of 4,096 rows, 60 ms with one group).
 _GROUP_ROWS = 4096
@@ -100,14 +103,24 @@ class RunFolder:
     """One run's folder, which others may be writing to as well; see :func:`run_folder`."""
 
     def __init__(
-        self, path: Path, shares: list[Share], metadata: dict[str, Any], begun_with: dict[str, Any], claims: Claims
+        self, path: Path, shares: list[Share], metadata: dict[str, Any], changed: list[str], claims: Claims
     ) -> None:
         self.path = path
         self.shares = shares
-        self.begun_with = begun_with  #: ``made_with`` of the process that planned the run
         self._metadata = metadata
+        self._changed = changed  # conditions under which the run began, where they are others now
         self._claims = claims
         self._there = _parts(path, shares, "out")
+
+    def warn_of_changes(self, stacklevel: int) -> None:
+        """Warn, once, where the run began under other conditions than it goes on with."""
+        if self._changed:
+            warnings.warn(
+                f"out: the run began under other conditions ({'; '.join(self._changed)}), so that the last bits of "
+                f"what is decoded now may differ from an undisturbed run's",
+                stacklevel=stacklevel,
+            )
+            self._changed = []
 
     def has(self, share: int, part: int) -> bool:
         """Whether a file of that part was there at the last look."""
@@ -159,10 +172,7 @@ class RunFolder:
 
     def _lacking(self, share: int) -> list[int]:
         """The parts that a share lacks, which this process holds; what a dead one left of it is removed."""
-        for name in os.listdir(self.path):
-            leftover = _LEFTOVER.fullmatch(name)
-            if leftover is not None and leftover[1] is not None and int(leftover[1]) == share:
-                (self.path / name).unlink(missing_ok=True)
+        _remove_leftovers(self.path, share)
         self._there = _parts(self.path, self.shares, "out")
         places = [(share, part) for part in range(len(self.shares[share].rows))]
         if self._claims.checked(share):
@@ -275,7 +285,8 @@ def run_folder(
         path: made if it is not there.
         identity: all that the rows depend on, ready for JSON; a folder with another identity is refused.
         names: what people call some entries of ``identity`` that are only hashes there.
-        made_with: versions and the like, on which the last bits of the rows may depend; recorded and not compared.
+        made_with: versions and the like, on which the last bits of the rows may depend; recorded, and what differs can
+            be warned of.
         plan: called for a new run; the shares of one that is there are kept.
         ranks: processes that work as one, of which this is the first.
 
@@ -308,11 +319,15 @@ def run_folder(
                     _write_manifest(path, identity, names, made_with, shares)
             manifest = _read_manifest(path, "out")
             check_identity(path, manifest, identity, names)
-            for name in os.listdir(path):
-                if name.startswith(f".{MANIFEST}") and _LEFTOVER.fullmatch(name):
-                    (path / name).unlink(missing_ok=True)
+            _remove_leftovers(path, None)
         metadata = {"run": manifest["run"], **names, "watch": identity.get("watch"), **made_with}
-        yield RunFolder(path, manifest["shares"], metadata, manifest["made_with"], claims)
+        begun_with = manifest["made_with"]
+        changed = [
+            f"{key} {begun_with.get(key)} then, {value} now"
+            for key, value in made_with.items()
+            if begun_with.get(key) != value
+        ]
+        yield RunFolder(path, manifest["shares"], metadata, changed, claims)
 
 
 def check_run(path: str | os.PathLike[str]) -> RunState:
@@ -393,6 +408,17 @@ def _parts(path: Path, shares: list[Share] | None, argument: str) -> dict[tuple[
             f"wanted a folder of its own: {'name a new one' if argument == 'out' else 'move it away'}"
         )
     return found
+
+
+def _remove_leftovers(path: Path, share: int | None) -> None:
+    """Remove what dead processes were writing of a share, or of the manifest, which this process holds."""
+    for name in os.listdir(path):
+        leftover = _LEFTOVER.fullmatch(name)
+        if leftover is None or share != (None if leftover[1] is None else int(leftover[1])):
+            continue
+        with suppress(FileNotFoundError):
+            if leftover[2] == machine() or (path / name).stat().st_mtime < time.time() - _ABANDONED:
+                (path / name).unlink()
 
 
 def _survey(

@@ -112,6 +112,10 @@ def decode_states(
             holds other things. The message names the file, or the text by its number.
     """
     texts = _texts(source)
+    if out is not None:
+        from tuned_lens_fast.data.dataset import engine_of
+
+        engine = engine_of(engine, out, lens, None)
     reader = _Reader(lens, layers, targets, top_k, read_watch(watch, tokenizer), stats, engine, memory_budget)
     if out is not None:
         if not isinstance(texts, Sequence):
@@ -389,6 +393,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
 
     with run_folder(out, identity, called, made_with, plan) as folder:
         for number, lacking in folder.claimed():
+            folder.warn_of_changes(stacklevel=4)
             share = folder.shares[number]
             progress.expect(sum(share.rows[part] for part in lacking))
             chunks = [

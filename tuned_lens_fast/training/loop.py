@@ -255,11 +255,20 @@ def train(
             if out is not None and workers.leads:
                 folder = stack.enter_context(training_folder(out, identity, {"model": called}, made_with, resume))
                 opened, finished = (folder.path, folder.run, folder.begun_with), folder.report()
+        state = None
         if out is not None:
             opened, finished = workers.first((opened, finished))
-            folder = folder or TrainingFolder(*opened)
+            with workers.alone():
+                if folder is None and not opened[0].is_dir():
+                    raise FileNotFoundError(f"out: {opened[0]} is not there, wanted a folder that all processes see")
+                folder = folder or TrainingFolder(*opened)
+                if finished is None:
+                    state = folder.load()
+                else:
+                    _load_lens(lens, folder)
+            # Or some, to whom it is empty, would begin anew while others go on.
+            workers.agree(lambda: {"out": f"{out} with {'no checkpoint' if state is None else state['step']}"})
             if finished is not None:
-                _load_lens(lens, folder)
                 warnings.warn(f"out: {folder.path} holds this run, finished; it is not trained again", stacklevel=2)
                 return TrainingReport.from_json(finished)
         translators = Translators(lens, numbers, bias_only, rank, seed)
@@ -274,7 +283,6 @@ def train(
             },
         }  # fmt: skip
         run = _Run(lens, reader, translators, arguments, text.training, measured, engine, folder, bar, facts, workers)
-        state = None if folder is None else folder.load()
         if state is None:
             run.begin()
         else:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tuned_lens_fast.ranks import Ranks, shares, tensor_parallel_group
+from tuned_lens_fast.ranks import Ranks, check_not_sharded, shares, tensor_parallel_group
 from tuned_lens_fast.training.states import States
 
 
@@ -26,11 +26,15 @@ class Workers:
 
         The ranks of a model that is split by tensor parallelism run the same sequences, of which each reads its own
         positions; sequences are shared out among such groups.
+
+        Raises:
+            ValueError: the model is in FSDP2.
         """
         self.ranks: Ranks | None = None
         self._model: Ranks | None = None  #: those that run one model
         self._groups, self._group = 1, 0  #: how many models there are, and which is this process's
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            check_not_sharded(model, "sequences")
             self.ranks = Ranks()
             self._groups, self._group = self.ranks.size, self.ranks.rank
             group = tensor_parallel_group(model)
