@@ -1,6 +1,7 @@
 """The engines for CPUs, eager and native, against float64, over dtypes, shapes, transforms and awkward logits."""
 
 import math
+import pickle
 import weakref
 
 import emulated
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tuned_lens_fast.engines import ENGINES, eager, native
 from tuned_lens_fast.engines.eager import EagerEngine, plan
-from tuned_lens_fast.engines.interface import NO_TARGET, Head, Norm, Query, Readout, Translator
+from tuned_lens_fast.engines.interface import NO_TARGET, BudgetError, Head, Norm, Query, Readout, Translator
 from tuned_lens_fast.engines.matmul import Matmul
 from tuned_lens_fast.engines.statistics import DIVERGENCES, STATISTICS
 
@@ -494,6 +495,18 @@ class TestPlan:
         plan(30, 2048, 576, Matmul(self.HEAD), query, 4, smallest)
         with pytest.raises(ValueError, match=str(smallest)):
             plan(30, 2048, 576, Matmul(self.HEAD), query, 4, smallest - 1)
+
+    def test_rows_of_weight_that_are_gathered_count(self):
+        head = Head(torch.empty(50_000, 4096, device="meta"))
+        watch = torch.arange(1024)
+        used = eager.scratch_bytes(1, 1024, 4096, head, Query(frozenset(), watch=watch), 4, cast=False)
+        alone = eager.scratch_bytes(1, 1024, 4096, head, Query(frozenset()), 4, cast=False)
+        assert used >= head.weight[watch].nbytes > alone
+
+    def test_a_refusal_reaches_other_processes_whole(self):
+        refused = pickle.loads(pickle.dumps(BudgetError(1000, 2000)))
+        assert (refused.memory_budget, refused.smallest) == (1000, 2000)
+        assert str(refused) == str(BudgetError(1000, 2000))
 
     def test_enormous_sizes_fit(self):
         head = Head(torch.empty(300_000, 16_384, dtype=torch.bfloat16, device="meta"))

@@ -205,8 +205,8 @@ class NativeMatmul(Matmul):
         # Of the rows and of the reference: x in fp32. Of those that are multiplied: their parts.
         x = (rows + LEAF) * 4 * (2 * weight.shape[1] + parts * max(deep, added))
         # Of every thread: a block of W, its logits, and what is found of every row.
-        number = 2 if self.parts else 4
-        thread = max(BLOCK_BYTES, LEAF * max(deep, added) * number * parts) + LEAF * BLOCK_TOKENS * 4
+        token = max(deep, added) * parts * (2 if self.parts else 4)
+        thread = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES)) + LEAF * BLOCK_TOKENS * 4
         thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
         bias = 0 if self.bias is None else self.head.vocab * 4
         copies = tile * weight.shape[1] * 4 * ((weight.stride(1) != 1) + bool(added)) + rows * deep * 4 * bool(added)
