@@ -76,8 +76,8 @@ def half_written(number):
 MOMENTS = {
     "in the ridge regression": lambda: at_call(ridge.Moments, "solved", 2),
     "in the first checkpoint": lambda: half_written(1),
-    "between a gradient and its step": lambda: at_call(loop._Run, "_update", 2),
-    "behind a step without a checkpoint": lambda: at_call(loop._Run, "_update", 3, after=True),
+    "between a gradient and its step": lambda: at_call(loop.Run, "_update", 2),
+    "behind a step without a checkpoint": lambda: at_call(loop.Run, "_update", 3, after=True),
     "in a later checkpoint": lambda: half_written(3),
     "behind a checkpoint": lambda: at_call(folder.TrainingFolder, "save", 3, after=True),
     "before the lens is written": lambda: at_call(tl.TunedLens, "save", 1),

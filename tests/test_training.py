@@ -26,7 +26,7 @@ from torch import nn
 import tuned_lens_fast as tl
 from tuned_lens_fast import cli
 from tuned_lens_fast.training import documents as texts
-from tuned_lens_fast.training import loop, optimizers, report, ridge
+from tuned_lens_fast.training import loop, optimizers, report, ridge, start
 from tuned_lens_fast.training.states import Reader
 
 
@@ -176,7 +176,7 @@ def test_sgd_takes_the_steps_of_tuned_lens(model, loss):
     given = random_lens(model)
     asked = {"steps": 4, "tokens_per_step": 256, "seed": 3}
     held = documents()
-    training, _ = texts.split(texts_of(held), loop.HELD_OUT, 3)
+    training, _ = texts.split(texts_of(held), start.HELD_OUT, 3)
     sequences = texts.join(training, 32, model.config.eos_token_id, None)
     wanted, losses = their_step(model, given, sequences, asked, loss)
     lens, found = trained(model, lens=given, init="lens", optimizer="sgd", loss=loss, eval_every=100, **asked)
@@ -231,7 +231,7 @@ def test_loss_falls(model, optimizer):
 
 def test_evaluation_is_the_kl_of_held_out_text(model, undisturbed):
     lens, found = undisturbed
-    _, held = texts.split(texts_of(documents()), loop.HELD_OUT, 0)
+    _, held = texts.split(texts_of(documents()), start.HELD_OUT, 0)
     ids = texts.join(held, 32, model.config.eos_token_id, None)[:2].long()
     stats = tl.decode_model(model, lens, ids, stats=["kl"])
     torch.testing.assert_close(torch.tensor(found.kl_after), stats.kl[:-1].mean((1, 2)), atol=1e-5, rtol=1e-4)
@@ -505,9 +505,9 @@ def stop(monkeypatch, step):
             raise Stopped
         update(self, losses)
 
-    update = loop._Run._update
-    monkeypatch.setattr(loop._Run, "_update", stopping)
-    return lambda: monkeypatch.setattr(loop._Run, "_update", update)
+    update = loop.Run._update
+    monkeypatch.setattr(loop.Run, "_update", stopping)
+    return lambda: monkeypatch.setattr(loop.Run, "_update", update)
 
 
 @pytest.mark.parametrize("optimizer", [*optimizers.RECIPES])

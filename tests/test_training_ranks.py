@@ -51,7 +51,7 @@ def trained(out=None, model=None, **changes):
     """Parameters after training, and gradients of the first step."""
     model = model or tiny_text_model.make()[0]
     lens, gradients = tl.TunedLens.from_model(model), []
-    update = loop._Run._update
+    update = loop.Run._update
 
     def seen(run, losses):
         if not gradients:
@@ -59,7 +59,7 @@ def trained(out=None, model=None, **changes):
         update(run, losses)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_update", seen)
+        patch.setattr(loop.Run, "_update", seen)
         report = tl.train(model, lens, documents(), out=out, **ASKED | changes)
     return {
         "parameters": [p.detach().clone() for p in lens.layer_translators.parameters()],
@@ -84,7 +84,7 @@ def folder(tmp_path_factory):
 
 def stopped(out, step):
     """A run that ends behind the checkpoint of ``step``."""
-    save = loop._Run._save
+    save = loop.Run._save
 
     def saved(run):
         save(run)
@@ -92,7 +92,7 @@ def stopped(out, step):
             raise Stopped
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "_save", saved)
+        patch.setattr(loop.Run, "_save", saved)
         with pytest.raises(Stopped):
             trained(out)
 
@@ -201,7 +201,7 @@ def killed():
     """The third of three dies in the middle."""
     if dist.get_rank() == 2:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop._Run, "_tell", lambda run: os._exit(0) if run.step == 2 else None)
+            patch.setattr(loop.Run, "_tell", lambda run: os._exit(0) if run.step == 2 else None)
             trained()
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="cannot reach the others, of which one has ended or hangs"):

@@ -31,7 +31,9 @@ from tuned_lens_fast.nn import TunedLens
 from tuned_lens_fast.progress_bar import ProgressBar
 from tuned_lens_fast.training import TrainingReport, train
 from tuned_lens_fast.training import folder as training_folder
-from tuned_lens_fast.training.loop import (
+from tuned_lens_fast.training.optimizers import DEFAULT_OPTIMIZER, RECIPES, SCHEDULES
+from tuned_lens_fast.training.report import mean, span, thirds
+from tuned_lens_fast.training.start import (
     CHECKPOINT_EVERY,
     EVAL_EVERY,
     HELD_OUT,
@@ -41,8 +43,6 @@ from tuned_lens_fast.training.loop import (
     STEPS,
     TOKENS_PER_STEP,
 )
-from tuned_lens_fast.training.optimizers import DEFAULT_OPTIMIZER, RECIPES, SCHEDULES
-from tuned_lens_fast.training.report import mean, span, thirds
 
 #: Pieces that text files are cut into where there are fewer documents, so that some can be held out.
 _PIECES = 20

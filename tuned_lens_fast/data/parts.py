@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuned_lens_fast.atomic_write import aside_of, atomic_write, machine, put_in_place, sync_folder
 from tuned_lens_fast.data.claims import Claims, looks
-from tuned_lens_fast.data.folder import cannot_write, check_identity, digest
+from tuned_lens_fast.data.folder import cannot_write, check_identity, digest, warn_of_changes
 from tuned_lens_fast.data.table import float_encodings
 
 if TYPE_CHECKING:
@@ -103,24 +103,26 @@ class RunFolder:
     """One run's folder, which others may be writing to as well; see :func:`run_folder`."""
 
     def __init__(
-        self, path: Path, shares: list[Share], metadata: dict[str, Any], changed: list[str], claims: Claims
+        self,
+        path: Path,
+        shares: list[Share],
+        metadata: dict[str, Any],
+        conditions: tuple[dict[str, Any], dict[str, Any]],
+        claims: Claims,
     ) -> None:
         self.path = path
         self.shares = shares
         self._metadata = metadata
-        self._changed = changed  # conditions under which the run began, where they are others now
+        self._conditions = conditions  # under which the run began, and goes on
+        self._warned = False
         self._claims = claims
         self._there = _parts(path, shares, "out")
 
     def warn_of_changes(self, stacklevel: int) -> None:
         """Warn, once, where the run began under other conditions than it goes on with."""
-        if self._changed:
-            warnings.warn(
-                f"out: the run began under other conditions ({'; '.join(self._changed)}), so that the last bits of "
-                f"what is decoded now may differ from an undisturbed run's",
-                stacklevel=stacklevel,
-            )
-            self._changed = []
+        if not self._warned:
+            self._warned = True
+            warn_of_changes(*self._conditions, "decoded", stacklevel)
 
     def has(self, share: int, part: int) -> bool:
         """Whether a file of that part was there at the last look."""
@@ -321,13 +323,7 @@ def run_folder(
             check_identity(path, manifest, identity, names)
             _remove_leftovers(path, None)
         metadata = {"run": manifest["run"], **names, "watch": identity.get("watch"), **made_with}
-        begun_with = manifest["made_with"]
-        changed = [
-            f"{key} {begun_with.get(key)} then, {value} now"
-            for key, value in made_with.items()
-            if begun_with.get(key) != value
-        ]
-        yield RunFolder(path, manifest["shares"], metadata, changed, claims)
+        yield RunFolder(path, manifest["shares"], metadata, (manifest["made_with"], made_with), claims)
 
 
 def check_run(path: str | os.PathLike[str]) -> RunState:
