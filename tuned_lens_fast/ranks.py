@@ -6,17 +6,15 @@ reduced on the way, so that all of them have the same bits.
 
 from __future__ import annotations
 
-import functools
-import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tuned_lens_fast.conditions import versions
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.messages import quoted, shortened
 from tuned_lens_fast.models.alias import is_fully_sharded
@@ -221,13 +219,6 @@ def _default(ranks: Ranks, head: Tensor) -> Split:
     if head.device.type == "cuda":
         large = head.numel() * head.element_size() > _WHOLE_HEAD * torch.cuda.mem_get_info(head.device)[0]
     return "vocabulary" if any(ranks.gather_objects(large)) else "rows"
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """What has to be the same on all ranks beside what is asked."""
-    packages = {name: version(name) for name in ("tuned-lens-fast", "torch", "transformers")}
-    return {"Python": platform.python_version(), **packages}
 
 
 def _unflattened(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,6 @@
 """The overlapped vocabulary pass in software (partitions.py), and its events in several orders."""
 
 import dataclasses
-import json
 
 import cases
 import partitions
@@ -9,10 +8,9 @@ import pytest
 import reference
 import torch
 import triton.language as tl
-from test_vocabulary_pass import ids, operands, statistics_of
+from test_vocabulary_pass import check_a_decode_with_an_entry, ids, operands, statistics_of
 from triton.runtime.errors import InterpreterError
 
-from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import Head
 from tuned_lens_fast.kernels import launch, overlapped
 from tuned_lens_fast.kernels.launch import Tile
@@ -97,11 +95,7 @@ def test_any_order_of_events_gives_the_same(seed, software):
 
 def test_a_whole_decode_takes_the_tile_of_an_entry(tmp_path, monkeypatch, software):
     problem = cases.problem(torch.bfloat16, 64, 900, "cpu", top_k=5, layers=3, positions=7)
-    key = launch.entry_key(problem.head.weight.device, torch.bfloat16, 64, "ieee", True)
-    path = tmp_path / "tiles.json"
-    path.write_text(json.dumps({key: dataclasses.asdict(SMALL)}))
-    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
-    problem.check(problem.decode(ENGINES["triton"]))
+    check_a_decode_with_an_entry(problem, SMALL, tmp_path / "tiles.json", monkeypatch)
     assert software.launches
 
 

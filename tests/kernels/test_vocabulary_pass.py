@@ -1,5 +1,7 @@
 """The vocabulary pass against float64 of the very same operands."""
 
+import dataclasses
+import json
 import math
 from fractions import Fraction
 
@@ -11,6 +13,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tuned_lens_fast.engines import ENGINES
 from tuned_lens_fast.engines.interface import NO_TARGET, Head
 from tuned_lens_fast.engines.statistics import LSE, STATISTICS
 from tuned_lens_fast.kernels import launch
@@ -54,6 +57,15 @@ def check(x, head, targets=None, **options):
     got = statistics_of(x, head, targets, **options)
     reference.check(got, reference.logits(x[None], head), targets=targets)
     return got
+
+
+def check_a_decode_with_an_entry(problem, tile, path, monkeypatch):
+    """A whole decode whose pass takes the ``tile`` of a file of measured ones, which is put at ``path``."""
+    weight = problem.head.weight
+    key = launch.entry_key(weight.device, weight.dtype, weight.shape[1], "ieee", problem.query.top_k > 0)
+    path.write_text(json.dumps({key: dataclasses.asdict(tile)}))
+    monkeypatch.setenv("TUNED_LENS_FAST_TILES", str(path))
+    problem.check(problem.decode(ENGINES["triton"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tuned_lens_fast import budget, progress
+from tuned_lens_fast.conditions import machine, versions
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.data.documents import read_documents
 from tuned_lens_fast.data.parts import Batch, Part, RunFolder, Share, recorded_engine, run_folder
@@ -248,14 +247,9 @@ def _decode(
         "model": model.config.name_or_path or type(model).__name__,
         "lens": f"{type(lens).__name__}{f' of {of}' if of else ''}, {identity['lens'][:12]}",
     }
-    device = input_device(model)
     made_with = {
-        "tuned_lens_fast": version("tuned-lens-fast"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "threads": torch.get_num_threads(),
+        **versions(),
+        **machine(input_device(model)),
         "memory_budget": prepared.plan.budget,
         "ranks": 1 if prepared.ranks is None else prepared.ranks.size,
     }

@@ -51,21 +51,6 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
         )
 
 
-def warn_of_changes(begun_with: dict[str, Any], goes_on_with: dict[str, Any], done: str, stacklevel: int) -> None:
-    """Warn where a run goes on under other conditions than it began under; ``done`` is what is done to its rows."""
-    changed = [
-        f"{name} {begun_with.get(name)} then, {value} now"
-        for name, value in goes_on_with.items()
-        if begun_with.get(name) != value
-    ]
-    if changed:
-        warnings.warn(
-            f"out: the run began under other conditions ({'; '.join(changed)}), so that the last bits of what is "
-            f"{done} now may differ from an undisturbed run's",
-            stacklevel=stacklevel + 1,
-        )
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuned_lens_fast.atomic_write import aside_of, atomic_write, machine, put_in_place, sync_folder
+from tuned_lens_fast.conditions import warn_of_changes
 from tuned_lens_fast.data.claims import Claims, looks
-from tuned_lens_fast.data.folder import cannot_write, check_identity, digest, warn_of_changes
+from tuned_lens_fast.data.folder import cannot_write, check_identity, digest
 from tuned_lens_fast.data.table import float_encodings
 
 if TYPE_CHECKING:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from tuned_lens_fast import budget, progress
 from tuned_lens_fast.checkpoint import open_safetensors
+from tuned_lens_fast.conditions import machine, versions
 from tuned_lens_fast.data import fingerprint
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.engines.interface import DecodableLens, Query, Readout
@@ -375,11 +374,8 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
     }
     called = {"lens": f"{type(reader.lens).__name__}, {lens[:12]}"}
     made_with = {
-        "tuned_lens_fast": version("tuned-lens-fast"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": str(reader.head.weight.device),
-        "threads": torch.get_num_threads(),
+        **versions(),
+        **machine(reader.head.weight.device),
         "memory_budget": reader.budget,
     }
 
@@ -394,7 +390,7 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
     with run_folder(out, identity, called, made_with, plan) as folder:
         for number, lacking in folder.claimed():
             folder.warn_of_changes(stacklevel=4)
-            share = folder.shares[number]
+            share, held = folder.shares[number], -1
             progress.expect(sum(share.rows[part] for part in lacking))
             chunks = [
                 (batch.documents[0], slice(start, stop))
@@ -407,8 +403,9 @@ def _write(out: Path, reader: _Reader, texts: Sequence[_Text], tokenizer: Any) -
                 opened = folder.begin(number, part)
                 try:
                     for document, at in chunks[first:end]:
-                        text = texts[document]
-                        query, planned = reader.question(text)
+                        if document != held:
+                            held, text = document, texts[document]
+                            query, planned = reader.question(text)
                         found = {name: v[:, None] for name, v in reader.read(text, query, planned, at).items()}
                         targets = None if query.targets is None else query.targets[None, at]
                         stats = reader.stats(text, found, targets).to("cpu")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from tuned_lens_fast.checkpoint import load_checkpoint
+from tuned_lens_fast.conditions import machine, versions, warn_of_changes
 from tuned_lens_fast.data import fingerprint
-from tuned_lens_fast.data.folder import warn_of_changes
 from tuned_lens_fast.engines import choose
 from tuned_lens_fast.messages import listed, quoted
 from tuned_lens_fast.model_surgery import get_transformer_layers
@@ -210,23 +207,11 @@ def train(
             **arguments,
         }
         called = name_or_path(model) or type(model).__name__
-        versions = {
-            "tuned_lens_fast": version("tuned-lens-fast"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        }
-        on = lens.unembed.head.weight.device
-        machine: dict[str, Any] = {
-            "device": torch.cuda.get_device_name(on)
-            if on.type == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
+        conditions = {"versions": versions(), "machine": machine(lens.unembed.head.weight.device)}
         reader = Reader(model, lens, numbers, sequence_length, per_step, engine, memory_budget)
         made_with = {
-            **versions,
-            **machine,
+            **conditions["versions"],
+            **conditions["machine"],
             "engine": engine,
             "memory_budget": reader.budget,
             "processes": workers.count,
@@ -260,7 +245,7 @@ def train(
         bar = TrainingBar(steps, disable=quiet or not workers.leads)
         stack.enter_context(bar.shown())
         facts = {
-            "model": called, "versions": versions, "machine": machine,
+            "model": called, **conditions,
             "tokens": {
                 "training": text.training.numel(), "held_out": text.held_out.numel(), "evaluated": measured.numel(),
                 "step": per_step * sequence_length, "trained_on": steps * per_step * sequence_length,
