@@ -1,6 +1,7 @@
 """PredictionTrajectory: values in float64 and against the library it replaces, without log-probabilities in memory."""
 
 import copy
+import dataclasses
 import importlib
 import pickle
 import warnings
@@ -404,6 +405,34 @@ def test_labels_of_a_batch(with_tokenizer):
     assert (
         heads == np.where(one._get_sequence_labels() == two._get_sequence_labels(), one._get_sequence_labels(), "*")
     ).all()
+
+
+def test_labels_are_made_when_they_are_looked_at(with_tokenizer):
+    class Spelt:
+        def __init__(self, tokenizer):
+            self.tokenizer, self.vocab_size, self.asked = tokenizer, tokenizer.vocab_size, []
+
+        def convert_ids_to_tokens(self, ids):
+            self.asked.append(len(ids))
+            return self.tokenizer.convert_ids_to_tokens(ids)
+
+    ours = with_tokenizer[0]
+    counted = dataclasses.replace(ours, tokenizer=Spelt(ours.tokenizer))
+    found, wanted = counted.entropy().trajectory_labels, ours.entropy().trajectory_labels
+    late, shown = found.stride(2), counted.rank(show_ranks=True).stride(2).trajectory_labels
+    assert found.shape == wanted.label_strings.shape
+    assert len(counted.tokenizer.asked) == 2  # of the input, by each statistic
+    for labels, array in (("label_strings", 2), ("hover_over_entries", 4)):
+        whole = getattr(wanted, labels)
+        assert getattr(found, labels).tolist() == whole.tolist()
+        assert getattr(late, labels).tolist() == whole[[0, 2, 3]].tolist()
+        assert whole.ndim == array
+    assert found.stride(2).hover_over_entries.tolist() == late.hover_over_entries.tolist()
+    assert shown.label_strings.tolist() == np.char.mod("%d", ours.rank().stats)[[0, 2, 3]].tolist()
+    renamed = dataclasses.replace(found, label_strings=np.full(found.shape, "x"))
+    assert (renamed.stride(4).label_strings == "x").all()
+    assert renamed.shape == found.shape
+    assert pickle.loads(pickle.dumps(wanted.stride(2))).label_strings.tolist() == late.label_strings.tolist()
 
 
 @pytest.mark.parametrize("name", STATISTICS[:-1])

@@ -6,6 +6,8 @@ It holds hidden states and how they are read, not log-probabilities: a statistic
 from __future__ import annotations
 
 import builtins
+import functools
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +24,13 @@ from tuned_lens_fast.models.forward_pass import input_device
 from tuned_lens_fast.nn.lenses import Lens
 from tuned_lens_fast.plotting.lazy_array import LazyArray
 from tuned_lens_fast.plotting.token_formatter import TokenFormatter
-from tuned_lens_fast.plotting.trajectory_plotting import ShapeError, TrajectoryLabels, TrajectoryStatistic
+from tuned_lens_fast.plotting.trajectory_plotting import (
+    ShapeError,
+    TrajectoryLabels,
+    TrajectoryStatistic,
+    _stride_keep_last,
+    check_stride,
+)
 from tuned_lens_fast.predictions import GivenLayers, Layers, Predictions, ReadLayers, masked, top_of
 from tuned_lens_fast.reading import readout_of
 from tuned_lens_fast.streaming import check_length, check_lens, rows_of
@@ -402,9 +410,7 @@ class PredictionTrajectory:
         """The tables of a figure: a row for each of the k, for each entry of the batch a column of tokens and one of
         values; at most ``max_entries_to_show`` entries. (layers, tokens, k, 2 * entries) from (*batch, layers, tokens,
         k)."""
-        columns = np.stack([topk_tokens, topk_values], -1).reshape(-1, *topk_tokens.shape[-3:], 2)
-        shown = np.moveaxis(columns[:max_entries_to_show], 0, -2)
-        return shown.reshape(*shown.shape[:-2], -1)
+        return _hover_over_entries(topk_tokens, topk_values, max_entries_to_show)
 
     def _largest_prob_labels(
         self,
@@ -471,12 +477,77 @@ class PredictionTrajectory:
         entries: int,
     ) -> TrajectoryLabels:
         """Of tokens and values (*batch, layers, tokens, k), and which top ones are shown (*batch, layers, tokens)."""
-        tokens = (formatter or TokenFormatter()).vectorized_format(_ids_to_tokens(ids, self.tokenizer))
-        labels = _consolidate_labels_from_batch(tokens[..., 0], self.n_batch_axis)
-        return TrajectoryLabels(
-            label_strings=np.where(shown.all(axis=self.batch_axes), labels, ""),
-            hover_over_entries=self._hover_over_entries(tokens, np.char.mod(template, values * 100), entries),
+        batch = (math.prod(ids.shape[: self.n_batch_axis]), *ids.shape[self.n_batch_axis :])
+        return _TopLabels.of(
+            ids.reshape(batch),
+            values.reshape(batch),
+            np.asarray(shown.all(axis=self.batch_axes)),
+            template=template,
+            formatter=formatter or TokenFormatter(),
+            tokenizer=self.tokenizer,
+            entries=entries,
         )
+
+
+class _TopLabels(TrajectoryLabels):
+    """Labels of the top tokens. Their strings, hundreds of bytes a cell, are made when somebody looks at them, and of
+    the layers that are left by then."""
+
+    _layers: tuple[NDArray, NDArray, NDArray] | None = None  #: ids and values [batch, layers, tokens, k], and shown
+    _style: dict[str, Any]
+
+    @classmethod
+    def of(cls, ids: NDArray[np.int64], values: NDArray, shown: NDArray[np.bool_], **style: Any) -> _TopLabels:
+        """Labels (layers, tokens) of ``ids`` and ``values`` (batch, layers, tokens, k), which are not copied."""
+        made = cls.__new__(cls)
+        made._layers, made._style = (ids, values, shown), style
+        return made
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, tokens)."""
+        return super().shape if self._layers is None else self._layers[2].shape
+
+    @functools.cached_property
+    def label_strings(self) -> NDArray[np.str_]:  # type: ignore[override]
+        """The top tokens."""
+        ids, _, shown = self._made_of()
+        return np.where(shown, _consolidate_labels_from_batch(self._tokens(ids[..., 0]), 1), "")
+
+    @functools.cached_property
+    def hover_over_entries(self) -> NDArray[np.str_] | None:  # type: ignore[override]
+        """The tables of tokens and values."""
+        ids, values, _ = self._made_of()
+        entries = self._style["entries"]
+        values = np.char.mod(self._style["template"], values[:entries] * 100)
+        return _hover_over_entries(self._tokens(ids[:entries]), values, entries)
+
+    def stride(self, stride: int) -> TrajectoryLabels:
+        """Those of every ``stride``-th layer and of the last."""
+        if self._layers is None:
+            return super().stride(stride)
+        check_stride(stride)
+        ids, values, shown = self._layers
+        ids, values = (_stride_keep_last(each.swapaxes(0, 1), stride).swapaxes(0, 1) for each in (ids, values))
+        left = self.of(ids, values, _stride_keep_last(shown, stride), **self._style)
+        for name in vars(self).keys() & {"label_strings", "hover_over_entries"}:  # made, or set by the caller
+            value = getattr(self, name)
+            setattr(left, name, None if value is None else _stride_keep_last(value, stride))
+        return left
+
+    def _made_of(self) -> tuple[NDArray, NDArray, NDArray]:
+        assert self._layers is not None, "the strings are given"
+        return self._layers
+
+    def _tokens(self, ids: NDArray[np.int64]) -> NDArray[np.str_]:
+        return self._style["formatter"].vectorized_format(_ids_to_tokens(ids, self._style["tokenizer"]))
+
+
+def _hover_over_entries(tokens: NDArray[np.str_], values: NDArray[np.str_], most: int) -> NDArray[np.str_]:
+    """See :meth:`PredictionTrajectory._hover_over_entries`."""
+    columns = np.stack([tokens, values], -1).reshape(-1, *tokens.shape[-3:], 2)
+    shown = np.moveaxis(columns[:most], 0, -2)
+    return shown.reshape(*shown.shape[:-2], -1)
 
 
 def _array(name: str, ids: Any) -> NDArray[np.int64]:

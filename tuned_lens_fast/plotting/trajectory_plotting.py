@@ -31,9 +31,14 @@ class TrajectoryLabels:
     label_strings: NDArray[np.str_]  #: [layers, tokens]
     hover_over_entries: NDArray[np.str_] | None = None  #: [layers, tokens, rows, columns], a table for each cell
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, tokens)."""
+        return self.label_strings.shape
+
     def stride(self, stride: int) -> TrajectoryLabels:
         """Those of every ``stride``-th layer and of the last."""
-        _check_stride(stride)
+        check_stride(stride)
         entries = self.hover_over_entries
         return replace(
             self,
@@ -77,10 +82,8 @@ class TrajectoryStatistic:
         if self.stats.ndim != 2:
             raise ShapeError(f"stats: got shape {[*self.stats.shape]}, wanted [layers, tokens]")
         labels = self.trajectory_labels
-        if labels is not None and labels.label_strings.shape != self.stats.shape:
-            raise ShapeError(
-                f"trajectory_labels: got {[*labels.label_strings.shape]} labels, wanted {[*self.stats.shape]}"
-            )
+        if labels is not None and labels.shape != self.stats.shape:
+            raise ShapeError(f"trajectory_labels: got {[*labels.shape]} labels, wanted {[*self.stats.shape]}")
         if self.sequence_labels is not None and self.sequence_labels.shape[-1] != self.stats.shape[-1]:
             raise ShapeError(
                 f"sequence_labels: got {self.sequence_labels.shape[-1]}, wanted {self.stats.shape[-1]} as tokens"
@@ -99,7 +102,7 @@ class TrajectoryStatistic:
 
     def stride(self, stride: int) -> TrajectoryStatistic:
         """That of every ``stride``-th layer and of the last."""
-        _check_stride(stride)
+        check_stride(stride)
         labels, layers = self.trajectory_labels, self._layer_labels
         return replace(
             self,
@@ -170,10 +173,12 @@ class TrajectoryStatistic:
 
 
 def _stride_keep_last(x: NDArray, stride: int) -> NDArray:
+    """Every ``stride``-th of the first axis, and the last."""
     return np.concatenate([x[:-1:stride], x[-1:]])
 
 
-def _check_stride(stride: int) -> None:
+def check_stride(stride: int) -> None:
+    """Raises ShapeError unless it is a number of layers."""
     if stride < 1:
         raise ShapeError(f"stride: got {stride}, wanted a positive number of layers")
 
