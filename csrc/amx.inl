@@ -16,6 +16,7 @@ struct Leaf {
   static constexpr int64_t kSide = 16;
   static constexpr int64_t kRows = 2 * kSide, kTokens = 2 * kSide;
   static constexpr int64_t kMostDepth = int64_t{1} << 40;  // sums stay in registers until all parts are added
+  static constexpr int64_t kFew = 0;  // rows for which packing W does not pay
 
   Leaf() {
     static const TileShapes shapes;

@@ -32,6 +32,7 @@ namespace avx2 {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "singles.inl"
+#include "squares.inl"
 #include "fma.inl"
 #include "walk.inl"
 }  // namespace avx2
@@ -47,6 +48,7 @@ namespace avx512 {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "singles.inl"
+#include "squares.inl"
 #include "fma.inl"
 #include "walk.inl"
 }  // namespace avx512
@@ -58,6 +60,7 @@ namespace avx512_bf16 {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "pairs.inl"
+#include "squares.inl"
 #include "dpbf16.inl"
 #include "fma.inl"
 #include "walk.inl"
@@ -70,6 +73,7 @@ namespace amx {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "pairs.inl"
+#include "squares.inl"
 #include "amx.inl"
 #include "walk.inl"
 }  // namespace amx

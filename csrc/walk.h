@@ -6,6 +6,11 @@
 
 #include "row.h"
 
+// What is worth being in registers of its caller, whatever the compiler thinks of its size.
+#ifndef INLINED
+#define INLINED [[gnu::always_inline]] static inline
+#endif
+
 namespace tuned_lens_fast {
 
 // The bits of a number of 16.

@@ -8,7 +8,7 @@
 //
 // Each logit is summed in one order, wherever its row and its token stand and however many there are.
 //
-// Included once for each leaf, after online_softmax.inl, words.inl and the leaf.
+// Included once for each leaf, after it.
 
 constexpr int64_t kGroupRows = Leaf::kRows * std::max<int64_t>(1, 24 / Leaf::kRows);  // whose logits are in the buffer
 constexpr int64_t kMostTokens = 128;            // of a block
@@ -34,7 +34,9 @@ struct Rows {
   // The line between two rows keeps them apart in a cache that they would share a set of, were d_model a power of two.
   explicit Rows(const Walk& f)
       : depth(up((f.d_model + kNumbers - 1) / kNumbers, kLanes)), stride(depth + 64 / sizeof(Word)),
-        apart(up(f.rows, Leaf::kRows) * stride), words(f.parts * apart) {}
+        apart(padded(f) * stride), words(f.parts * apart) {}
+
+  static int64_t padded(const Walk& f) { return f.rows <= Leaf::kFew ? Leaf::kFew : up(f.rows, Leaf::kRows); }
 
   void pack(const Walk& f, int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
@@ -50,26 +52,28 @@ struct Rows {
   }
 };
 
+// How many words of each of `tokens` tokens there are in whole squares, `depth` at most.
+static inline int64_t whole_words(const Walk& f, int64_t depth, int64_t tokens) {
+  return tokens < kLanes ? 0 : std::min(f.d_model / (kLanes * kNumbers) * kLanes, depth);
+}
+
 // The words of tokens `token` to `past`, [tokens / kTokens, depth, kTokens], one part `apart` from the one before.
 template <typename Weight>
 static inline void pack(const Walk& f, int64_t depth, int64_t token, int64_t past, Word* to, int64_t apart) {
-  const Weight* const w = static_cast<const Weight*>(f.w);
+  const int64_t stride = f.w_stride;
   for (; token < past; token += Leaf::kTokens, to += depth * Leaf::kTokens) {
     for (int64_t side = 0; side < Leaf::kTokens; side += kLanes) {
-      for (int64_t k = 0; k < depth; k += kLanes) {
-        Numbers<Weight> numbers[kLanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) {
-          const int64_t id = token + side + i, left = id < past ? f.d_model - k * kNumbers : 0;
-          numbers[i] = Numbers<Weight>(w + (left > 0 ? id * f.w_stride + k * kNumbers : 0), left);
-        }
-        for (int64_t part = 0; part < f.parts; ++part) {
-          Words rows[kLanes];
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < kLanes; ++i) rows[i] = numbers[i].next();
-          store_transposed(rows, to + part * apart + k * Leaf::kTokens + side, Leaf::kTokens);
-        }
+      const int64_t tokens = std::max<int64_t>(0, past - token - side), whole = whole_words(f, depth, tokens);
+      const Weight* const w = static_cast<const Weight*>(f.w) + (tokens ? (token + side) * stride : 0);
+      const int64_t ahead = token + side + 2 * Leaf::kTokens <= f.tokens ? Leaf::kTokens * stride : 0;
+      Word* at = to + side;
+      int64_t k = 0;
+      for (; k < whole; k += kLanes, at += kLanes * Leaf::kTokens) {
+        ask_ahead(w + k * kNumbers, stride, ahead, k);
+        pack_square(w + k * kNumbers, stride, at, Leaf::kTokens, f.parts, apart);
       }
+      for (; k < depth; k += kLanes, at += kLanes * Leaf::kTokens)
+        pack_edge(w + k * kNumbers, stride, tokens, f.d_model - k * kNumbers, at, Leaf::kTokens, f.parts, apart);
     }
   }
 }
@@ -94,6 +98,38 @@ static inline void transform(const Walk& f, int64_t token, int64_t width, float*
   }
 }
 
+// The products of few rows, for which W is not packed: its words pass through the registers a square at a time.
+template <typename Leaf, typename Weight>
+static inline void multiply_few(
+    const Walk& f, const Rows& x, int64_t deep, int64_t token, int64_t past, float* z, int64_t z_stride) {
+  for (; token < past; token += kLanes, z += kLanes) {
+    const int64_t tokens = past - token, whole = whole_words(f, x.depth, tokens);
+    const Weight* const w = static_cast<const Weight*>(f.w) + token * f.w_stride;
+    const int64_t ahead = token + 2 * kLanes <= f.tokens ? kLanes * f.w_stride : 0;
+    for (int64_t k = 0; k == 0 || k < x.depth; k += deep) {  // of no words the sum is 0
+      Leaf::template multiply_few<Weight>(
+          {f.rows, x.words.start + k, x.stride, 0, nullptr, 0, std::min(deep, x.depth - k), 1, 0, z, z_stride, k == 0},
+          {w + k * kNumbers, f.w_stride, tokens, f.d_model - k * kNumbers, std::min(whole - k, deep), ahead});
+    }
+  }
+}
+
+// Whether the rows are few enough for that, and so multiplied.
+template <typename Leaf>
+static inline bool multiplied_few(
+    const Walk& f, const Rows& x, int64_t deep, int64_t token, int64_t past, float* z, int64_t z_stride) {
+  if constexpr (Leaf::kFew != 0) {
+    if (f.rows > Leaf::kFew) return false;
+    switch (f.kind) {
+      case Kind::kFloat: multiply_few<Leaf, float>(f, x, deep, token, past, z, z_stride); break;
+      case Kind::kBf16: multiply_few<Leaf, Bf16>(f, x, deep, token, past, z, z_stride); break;
+      case Kind::kHalf: multiply_few<Leaf, Half>(f, x, deep, token, past, z, z_stride); break;
+    }
+    return true;
+  }
+  return false;
+}
+
 static inline void walk_share(const Walk& f, const Rows& x, const Shares& found, int64_t share) {
   const int64_t panels = (f.tokens + Leaf::kTokens - 1) / Leaf::kTokens;
   const int64_t first = panels * share / f.shares * Leaf::kTokens;
@@ -107,10 +143,11 @@ static inline void walk_share(const Walk& f, const Rows& x, const Shares& found,
   const Leaf leaf;
   for (int64_t token = first; token < last; token += block) {
     const int64_t past = std::min(token + block, last), width = past - token;
-    pack(f, x.depth, token, past, packed.start, apart);
+    const bool few = multiplied_few<Leaf>(f, x, deep, token, past, room.start, block);
+    if (!few) pack(f, x.depth, token, past, packed.start, apart);
     for (int64_t group = 0; group < f.rows; group += kGroupRows) {
       const int64_t rows = std::min(kGroupRows, f.rows - group);
-      for (int64_t k = 0; k == 0 || k < x.depth; k += deep) {  // of no words the sum is 0
+      for (int64_t k = 0; !few && (k == 0 || k < x.depth); k += deep) {  // of no words the sum is 0
         for (int64_t j = 0; j < width; j += Leaf::kTokens) {
           for (int64_t i = 0; i < rows; i += Leaf::kRows) {
             leaf.multiply(
@@ -137,7 +174,7 @@ template <typename Parallel>
 void walk(const Walk& f, Parallel parallel) {
   const Rows x(f);
   const Shares found(f);
-  parallel(up(f.rows, Leaf::kRows), [&](int64_t begin, int64_t end) { x.pack(f, begin, end); });
+  parallel(Rows::padded(f), [&](int64_t begin, int64_t end) { x.pack(f, begin, end); });
   parallel(f.shares, [&](int64_t begin, int64_t end) {
     for (int64_t share = begin; share < end; ++share) walk_share(f, x, found, share);
   });

@@ -38,44 +38,41 @@ static inline Floats widen(const Weight* from, int64_t count) {
   return widened(lanes, from);
 }
 
-// Stages of a transposition: a's upper and b's lower lanes, of every 2 * step, change places.
-template <int step, typename Words>
-static inline void exchange(Words (&rows)[kLanes]) {
-  if constexpr (2 * step < kLanes) exchange<2 * step>(rows);
-  Bits low, high;
+// Of every pair of rows `step` apart their lanes as `low` and `high` tell of a lane: of its own of both rows, or of
+// another's.
+template <int step, typename Words, typename Low, typename High>
+INLINED void shuffle(Words (&rows)[kLanes], const Low& low, const High& high) {
+  Bits from_low, from_high;
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    const bool upper = i & step;
-    low[i] = upper ? kLanes + i - step : i;
-    high[i] = upper ? kLanes + i : i + step;
-  }
+  for (int i = 0; i < kLanes; ++i) from_low[i] = low(i), from_high[i] = high(i);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & step) continue;
     const Words a = rows[i], b = rows[i + step];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + step] = __builtin_shuffle(a, b, high);
+    rows[i] = __builtin_shuffle(a, b, from_low);
+    rows[i + step] = __builtin_shuffle(a, b, from_high);
   }
 }
 
+// Squares of four rows and lanes are transposed where they are, as registers are good at; then squares change places.
 template <typename Words, typename Word>
-static inline void store_transposed(Words (&rows)[kLanes], Word* to, int64_t stride) {
-  exchange<1>(rows);
+INLINED void store_transposed(Words (&rows)[kLanes], Word* to, int64_t stride) {
+  // Lanes 0 to 3 of a and b become a0 b0 a1 b1 and a2 b2 a3 b3.
+  shuffle<1>(rows, [](int i) { return (i & ~3) + (i & 3) / 2 + (i & 1) * kLanes; },
+             [](int i) { return (i & ~3) + 2 + (i & 3) / 2 + (i & 1) * kLanes; });
+  // Those and c0 d0 c1 d1 become a0 b0 c0 d0 and a1 b1 c1 d1.
+  shuffle<2>(rows, [](int i) { return (i & ~3) + (i & 1) + (i & 2) / 2 * kLanes; },
+             [](int i) { return (i & ~3) + 2 + (i & 1) + (i & 2) / 2 * kLanes; });
+  const auto places = [&]<int step>(std::integral_constant<int, step>) {
+    shuffle<step>(rows, [](int i) { return i & step ? kLanes + i - step : i; },
+                  [](int i) { return i & step ? kLanes + i : i + step; });
+  };
+  places(std::integral_constant<int, 4>{});
+  if constexpr (kLanes > 8) places(std::integral_constant<int, 8>{});
+  // Word 4n + {0, 2, 1, 3} is in row 4n + {0, 1, 2, 3}.
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) std::memcpy(to + i * stride, &rows[i], sizeof rows[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    const int row = (i & ~3) | (i & 1) << 1 | (i & 2) >> 1;
+    std::memcpy(to + i * stride, &rows[row], sizeof rows[row]);
+  }
 }
-
-// What a leaf multiplies at once: some rows times kTokens tokens.
-template <typename Word>
-struct Block {
-  int64_t rows;  // at least 1, at most the leaf's kRows
-  const Word* x;
-  int64_t x_stride, x_apart;  // from one row to the next, and from one part of the numbers to the next
-  const Word* w;              // [depth, kTokens]
-  int64_t w_apart;
-  int64_t depth;
-  int64_t parts, most;
-  float* z;
-  int64_t z_stride;
-  bool first;  // else it is added to what is in z
-};

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#define INLINED static inline  // which compiles sooner
 #include "walk.h"
 
 namespace {
@@ -88,6 +89,7 @@ namespace avx512 {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "singles.inl"
+#include "squares.inl"
 #include "fma.inl"
 #include "walk.inl"
 }  // namespace avx512
@@ -95,6 +97,7 @@ namespace avx512_bf16 {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "pairs.inl"
+#include "squares.inl"
 #include "dpbf16.inl"
 #include "fma.inl"
 #include "walk.inl"
@@ -103,6 +106,7 @@ namespace amx {
 #include "online_softmax.inl"
 #include "words.inl"
 #include "pairs.inl"
+#include "squares.inl"
 #include "amx.inl"
 #include "walk.inl"
 }  // namespace amx
