@@ -113,7 +113,12 @@ def pair(folder):
     def tensor_parallel():
         config = DistributedConfig(tp_size=2)
         model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=config)
-        return {name: trained(model=model, **CASES[name]) for name in ("adam", "ce of biases", "one sequence")}
+        found = {name: trained(model=model, **CASES[name]) for name in ("adam", "ce of biases", "one sequence")}
+        start = time.monotonic()
+        with pytest.raises((ValueError, RuntimeError)) as mistake:
+            trained(model=model, loss="none" if dist.get_rank() else "kl")
+        assert time.monotonic() - start < 20
+        return {**found, "mistake": (mistake.type.__name__, str(mistake.value))}
 
     def mistakes():
         rank, found = dist.get_rank(), {}
@@ -178,6 +183,12 @@ def test_a_run_goes_on_with_another_number(pair, alone, folder):
     assert_alike(found["parameters"], wanted["parameters"], 2e-4)
     written = load_checkpoint(folder / "whole" / "params.pt")
     assert torch.equal(written["0.weight"], pair[0]["cases"]["adam"]["parameters"][0])
+
+
+def test_one_mistake_is_everybodys_who_runs_a_part_of_the_model(pair):
+    (first, told), (second, own) = (rank["tensor_parallel"]["mistake"] for rank in pair)
+    assert (first, second) == ("RuntimeError", "ValueError")
+    assert told == f"rank 1 failed: ValueError: {own}"
 
 
 def test_one_mistake_is_everybodys(pair):

@@ -113,7 +113,7 @@ class Run:
         if self.evaluations[-1]["step"] != steps:
             self._evaluate()
         report = self._report(finished=True)
-        with self.workers.alone():
+        with self.workers.together():
             if self.folder is not None and self.workers.leads:
                 with writing(self.folder.path / LENS[0]):
                     self.lens.save(self.folder.path)
@@ -245,7 +245,7 @@ class Run:
         if self.folder is None:
             return
         optimizers = [self.workers.state_of(optimizer) for optimizer in self.optimizers]
-        with self.workers.alone():
+        with self.workers.together():
             if self.workers.leads:
                 self._write(self.folder, optimizers)
 

@@ -147,15 +147,9 @@ def train(
     """
     model = check_model(model)
     workers = Workers(model)
-    with workers.checks():
+    with workers.together():
         if not isinstance(lens, TunedLens):
             raise TypeError(f"lens: got {kind(lens)}, wanted a TunedLens")
-        blocks = len(get_transformer_layers(model)[1])
-        check_lens(model, lens, blocks)
-        there = layers_of(lens, blocks)
-        numbers = there if layers is None else sorted(set(check_layer_numbers(lens, layers, blocks)))
-        if not numbers:
-            raise ValueError("layers: got none to train")
         _check_choices(
             loss=(loss, LOSSES), init=(init, INITS), optimizer=(optimizer, RECIPES), schedule=(schedule, SCHEDULES)
         )
@@ -173,12 +167,6 @@ def train(
         learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
         weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
         _check_positive(learning_rate=learning_rate, weight_decay=weight_decay or None, clip=clip)
-        width = lens.config.d_model
-        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
-            raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
-        if bias_only and (rank is not None or not lens.config.bias):
-            raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
-        choose(engine, lens.unembed.head.weight.device, lens.unembed.head.weight.dtype)
         if memory_budget is not None:
             check_budget(memory_budget)
 
@@ -188,6 +176,19 @@ def train(
         if eval_tokens is None:
             eval_tokens = min(EVAL_TOKENS, tokens_per_step)
         measured = text.held_out[: max(1, eval_tokens // text.held_out.shape[1])]
+    with workers.checks_of_model():
+        blocks = len(get_transformer_layers(model)[1])
+        check_lens(model, lens, blocks)
+        there = layers_of(lens, blocks)
+        numbers = there if layers is None else sorted(set(check_layer_numbers(lens, layers, blocks)))
+        if not numbers:
+            raise ValueError("layers: got none to train")
+        width = lens.config.d_model
+        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
+            raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
+        if bias_only and (rank is not None or not lens.config.bias):
+            raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
+        choose(engine, lens.unembed.head.weight.device, lens.unembed.head.weight.dtype)
         arguments: dict[str, Any] = {
             "loss": loss, "steps": steps, "tokens_per_step": per_step * sequence_length,
             "sequence_length": sequence_length, "separator": text.separator, "held_out": text.share,
@@ -220,14 +221,14 @@ def train(
 
     with ExitStack() as stack:
         folder, opened, finished = None, None, None
-        with workers.alone():
+        with workers.together():
             if out is not None and workers.leads:
                 folder = stack.enter_context(training_folder(out, identity, {"model": called}, made_with, resume))
                 opened, finished = (folder.path, folder.run, folder.begun_with), folder.report()
         state = None
         if out is not None:
             opened, finished = workers.first((opened, finished))
-            with workers.alone():
+            with workers.together():
                 if folder is None and not opened[0].is_dir():
                     raise FileNotFoundError(f"out: {opened[0]} is not there, wanted a folder that all processes see")
                 folder = folder or TrainingFolder(*opened)

@@ -53,13 +53,13 @@ class Workers:
     def count(self) -> int:
         return 1 if self.ranks is None else self.ranks.size
 
-    def checks(self) -> AbstractContextManager[None]:
-        """A block that all get through, or none; its checks may gather what is split."""
-        return nullcontext() if self.ranks is None or self._model is not None else self.ranks.together()
-
-    def alone(self) -> AbstractContextManager[None]:
-        """A block in which the first does something; where it fails, all do."""
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all get through, or none; nothing of a model that is split may be gathered in it."""
         return nullcontext() if self.ranks is None else self.ranks.together()
+
+    def checks_of_model(self) -> AbstractContextManager[None]:
+        """The same where that may be; of a split model a check that fails on one process alone ends only this one."""
+        return nullcontext() if self._model is not None else self.together()
 
     def agree(self, facts: Callable[[], dict[str, Any]]) -> None:
         """That ``facts()`` are the same on all: see :meth:`.Ranks.agree`."""
