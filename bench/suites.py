@@ -56,6 +56,8 @@ SUITES: dict[str, dict[str, str]] = {
         "--contenders product product-tiles product-native native eager loop tuned-lens",
         "fp32": f"{SMOLLM2} --start head --positions 256 --statistics {FULL} {NATIVE}",
         "bf16": f"{SMOLLM2} --start head --positions 32 --dtype bfloat16 --statistics {FULL} {NATIVE}",
+        "few-rows": f"{SMOLLM2} --start head --layers 1 --positions 1 8 32 --statistics {ONE_WALK} --statistics {FULL} "
+        "--contenders read linear product-native native --rounds 30 --seconds 3",
         "one-thread": f"run.py --threads 1 2 --together --preset smollm2-135m --start head --layers 4 --positions 256 "
         f"--statistics {ONE_WALK} {NATIVE}",
         "gemma-3-270m": f"run.py --preset gemma-3-270m --start head --positions 1024 --statistics {FULL} "

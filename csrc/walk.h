@@ -6,8 +6,11 @@
 
 #include "row.h"
 
-// What is worth being in registers of its caller, whatever the compiler thinks of its size.
-#ifndef INLINED
+// What is worth being in registers of its caller, whatever the compiler thinks of its size; but for sanitizers, with
+// which that takes minutes to compile.
+#if defined(__SANITIZE_ADDRESS__) || defined(EMULATED)
+#define INLINED static inline
+#else
 #define INLINED [[gnu::always_inline]] static inline
 #endif
 

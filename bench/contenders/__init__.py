@@ -13,6 +13,7 @@ from contenders.adapter import Contender
 CONTENDERS: dict[str, Contender] = {
     contender.name: contender
     for contender in (
+        product.READ,
         product.LINEAR,
         product.ROWS,
         product.TILES,

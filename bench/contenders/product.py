@@ -61,6 +61,19 @@ def _no_own(problem: Problem) -> str | None:
     return "the native engine takes PyTorch's product here" if own_product(problem) is None else None
 
 
+def _read(problem: Problem) -> Callable[[], Answer]:
+    weight = problem.head.weight
+
+    def read() -> Answer:
+        weight.sum()
+        return {}
+
+    return read
+
+
+READ = Contender(
+    "read", "no product: W read once, by its sum. Where it is there, multiples are of its time", _read, floor=True
+)
 ROWS_AT_ONCE = f"{CPU_ROWS} rows at once ({GPU_ROWS:,} on a GPU)"
 LINEAR = Contender("linear", f"F.linear alone, {ROWS_AT_ONCE}, into new memory", _into_new, floor=True)
 ROWS = Contender("product", f"torch.mm alone, {ROWS_AT_ONCE}", partial(_in_place, False), floor=True)

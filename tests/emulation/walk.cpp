@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#define INLINED static inline  // which compiles sooner
+#define EMULATED
 #include "walk.h"
 
 namespace {
