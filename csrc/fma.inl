@@ -47,14 +47,14 @@ struct Leaf {
     const auto add = [&](int64_t k, int64_t j) __attribute__((always_inline)) {
       Words next;
       std::memcpy(&next, words + j * kLanes, sizeof next);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnrolled
       for (int64_t i = 0; i < rows; ++i) sums[i] = multiply_add(sums[i], x[i * x_stride + k + j], next);
     };
     int64_t k = 0;
     for (; k < w.whole; k += kLanes) {
       ask_ahead(w.start + k * kNumbers, stride, w.ahead, k);
       pack_square(w.start + k * kNumbers, stride, words, kLanes);
-#pragma GCC unroll 16
+#pragma GCC unroll kUnrolled
       for (int64_t j = 0; j < kLanes; ++j) add(k, j);
     }
     for (; k < f.depth; k += kLanes) {
@@ -62,7 +62,7 @@ struct Leaf {
 #pragma GCC unroll 1
       for (int64_t j = 0; j < kLanes; ++j) add(k, j);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll kUnrolled
     for (int64_t i = 0; i < rows; ++i) {
       if (i == f.rows) break;
       float* const z = f.z + i * f.z_stride;

@@ -6,12 +6,14 @@
 
 #include "row.h"
 
-// What is worth being in registers of its caller, whatever the compiler thinks of its size; but for sanitizers, with
-// which that takes minutes to compile.
+// What is worth being in registers, whatever the compiler thinks of its size; but for tests, for which that takes minutes
+// to compile.
 #if defined(__SANITIZE_ADDRESS__) || defined(EMULATED)
 #define INLINED static inline
+constexpr int kUnrolled = 1;
 #else
 #define INLINED [[gnu::always_inline]] static inline
+constexpr int kUnrolled = 16;
 #endif
 
 namespace tuned_lens_fast {
