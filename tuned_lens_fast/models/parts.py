@@ -197,8 +197,8 @@ def _following(model: Any, is_mine: Any, at: str, found: list[Tensor]) -> Iterat
     follower = _Follower()
     blocks = get_transformer_layers(model)[1]
 
-    def start(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if is_mine():
+    def start(_: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+        if is_mine() and kwargs is not None:  # see Recorder
             follower.start(first_tensor(args, kwargs))
 
     def end(block: nn.Module, _: tuple, output: Any) -> None:
