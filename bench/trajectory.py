@@ -46,17 +46,15 @@ def main() -> int:
     for call in calls.values():
         call(ids[:64])
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    grown: dict[str, list[int]] = {name: [] for name in calls}
-    for name, call in calls.items():
-        growth, _ = peak_growth(lambda call=call: call(ids), cpu)
-        grown[name].append(growth or 0)
+    mib = {
+        name: round((peak_growth(lambda call=call: call(ids), cpu)[0] or 0) / 2**20, 1) for name, call in calls.items()
+    }
     for turn in range(options.rounds):
         for name in (*calls,) if turn % 2 else (*reversed(calls),):
             seconds[name].append(timed(lambda call=calls[name]: call(ids), "cpu"))
             print(f"{name}: {seconds[name][-1]:.2f} s", flush=True)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     ratio = median["trajectory"] / median["decode_model"]
-    mib = {name: round(growths[0] / 2**20, 1) for name, growths in grown.items()}
     print(f"{options.positions} positions: {ratio:.2f} of decode_model's time; beyond the model, MiB: {mib}")
     if options.out:
         found = {"positions": options.positions, "seconds": seconds, "ratio": ratio, "growth_mib": mib}

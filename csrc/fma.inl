@@ -34,8 +34,8 @@ struct Leaf {
     }
   }
 
-  // The same of one vector of tokens, whose words are read from W. In x there are as many rows as the least power of two
-  // that has them.
+  // The same of one vector of tokens, whose words are read from W. x has as many rows as the least power of two that has
+  // them.
   template <typename Weight, int64_t rows = kFew>
   static inline void multiply_few(const Block<Word>& f, const Unpacked<Weight>& w) {
     if constexpr (rows > 1)

@@ -40,10 +40,10 @@ INLINED void ask_ahead(const Weight* w, int64_t stride, int64_t ahead, int64_t k
 // What a leaf multiplies at once: some rows times kTokens tokens.
 template <typename Word>
 struct Block {
-  int64_t rows;  // at least 1, at most the leaf's kRows
+  int64_t rows;  // at least 1, at most the leaf's kRows, or its kFew
   const Word* x;
   int64_t x_stride, x_apart;  // from one row to the next, and from one part of the numbers to the next
-  const Word* w;              // [depth, kTokens]
+  const Word* w;              // [depth, kTokens]; null where W is read as it is
   int64_t w_apart;
   int64_t depth;
   int64_t parts, most;

@@ -6,8 +6,8 @@
 
 #include "row.h"
 
-// What is worth being in registers, whatever the compiler thinks of its size; but for tests, for which that takes minutes
-// to compile.
+// What is worth being in registers, whatever the compiler thinks of its size; but for tests, for which that takes
+// minutes to compile.
 #if defined(__SANITIZE_ADDRESS__) || defined(EMULATED)
 #define INLINED static inline
 constexpr int kUnrolled = 1;

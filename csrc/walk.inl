@@ -4,7 +4,7 @@
 // rows at a time: a leaf, of which every generation of processors has one, sums their logits in registers; in a buffer
 // that stays in the first-level cache the model's bias, scale and softcap are put to them, and they are added to the
 // rows' state or written out. Threads' states merge as those of tiles do. Blocks are chosen as by Goto and van de Geijn
-// (2008), "Anatomy of high-performance matrix multiplication".
+// (2008), "Anatomy of high-performance matrix multiplication". Of few rows W is not packed, but read through registers.
 //
 // Each logit is summed in one order, wherever its row and its token stand and however many there are.
 //

@@ -198,8 +198,8 @@ def _following(model: Any, is_mine: Any, at: str, found: list[Tensor]) -> Iterat
     blocks = get_transformer_layers(model)[1]
 
     def start(_: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if is_mine() and kwargs is not None:  # see Recorder
-            follower.start(first_tensor(args, kwargs))
+        if is_mine():  # else it may have no kwargs: see Recorder
+            follower.start(first_tensor(args, kwargs or {}))
 
     def end(block: nn.Module, _: tuple, output: Any) -> None:
         if is_mine():

@@ -78,12 +78,12 @@ class Recorder:
     # PyTorch notes that a hook takes keywords a moment after it has the hook: another thread's pass may come in
     # between, and has none for it.
     def _count_tokens(self, _: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if self.is_mine() and kwargs is not None:
-            self._tokens = (args[0] if args else kwargs["input_ids"]).shape[-1]
+        if self.is_mine():
+            self._tokens = (args[0] if args else (kwargs or {})["input_ids"]).shape[-1]
 
     def _keep_entering(self, block: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-        if self.is_mine() and kwargs is not None:
-            self._entering.setdefault(block, []).append(self.states(first_tensor(args, kwargs)))
+        if self.is_mine():
+            self._entering.setdefault(block, []).append(self.states(first_tensor(args, kwargs or {})))
 
     def _keep_at_head(self, _: nn.Module, args: tuple) -> tuple:
         if not self.is_mine():

@@ -167,6 +167,11 @@ def train(
         learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
         weight_decay = recipe.weight_decay if weight_decay is None else weight_decay
         _check_positive(learning_rate=learning_rate, weight_decay=weight_decay or None, clip=clip)
+        width = lens.config.d_model
+        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
+            raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
+        if bias_only and (rank is not None or not lens.config.bias):
+            raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
         if memory_budget is not None:
             check_budget(memory_budget)
 
@@ -183,11 +188,6 @@ def train(
         numbers = there if layers is None else sorted(set(check_layer_numbers(lens, layers, blocks)))
         if not numbers:
             raise ValueError("layers: got none to train")
-        width = lens.config.d_model
-        if rank is not None and (not isinstance(rank, int) or not 1 <= rank <= width):
-            raise ValueError(f"rank: got {quoted(rank)}, wanted a whole number from 1 to the lens's width {width}")
-        if bias_only and (rank is not None or not lens.config.bias):
-            raise ValueError(f"bias_only: {'rank is of matrices' if rank is not None else 'the lens has no biases'}")
         choose(engine, lens.unembed.head.weight.device, lens.unembed.head.weight.dtype)
         arguments: dict[str, Any] = {
             "loss": loss, "steps": steps, "tokens_per_step": per_step * sequence_length,
