@@ -1,72 +1,63 @@
-// The leaf for multiply-adds of vectors: ROWS rows times two vectors of tokens, whose sums fill the registers but for
-// those that hold the factors; or more rows times one, where W is read for these alone.
+// The leaf for multiply-adds of vectors, whose sums fill the registers but for those that hold the factors: ROWS rows
+// times two vectors of tokens, or twice as many times one.
 
 struct Leaf {
   static constexpr int64_t kRows = ROWS, kTokens = 2 * kLanes;
   // Words whose products are summed in registers: of more than 256 numbers, a sum would be less exact.
   static constexpr int64_t kMostDepth = 256 / kNumbers;
-  static constexpr int64_t kFew = kLanes;  // rows for which packing W does not pay
+  static constexpr int64_t kStep = kLanes;      // words after which addresses are made anew
+  static constexpr int64_t kFew = 4 * kTokens;  // rows for which packing W does not pay
 
-  template <int64_t rows = kRows>
-  static inline void multiply(const Block<Word>& f) {
-    if constexpr (rows > 1)
-      if (f.rows < rows) return multiply<rows - 1>(f);
-    Floats sums[rows][2] = {};
+  template <int64_t vectors = 2>
+  [[gnu::noinline]] static void multiply(const Block<Word>& f) {
+    constexpr int64_t rows = kRows * 2 / vectors;
+    Floats sums[rows][vectors] = {};
     const Word* w = f.w;
-    for (int64_t k = 0; k < f.depth; ++k, w += kTokens) {
-      Words left, right;
-      std::memcpy(&left, w, sizeof left);
-      std::memcpy(&right, w + kLanes, sizeof right);
-#pragma GCC unroll 16
+    // Every third row's start, for there are no registers for all of them: a row is none, one or two strides on.
+    const Word* starts[rows / 3];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < rows / 3; ++i) starts[i] = f.x + 3 * i * f.x_stride;
+    const int64_t stride = f.x_stride;
+    const auto row = [&](int64_t i) __attribute__((always_inline)) { return starts[i / 3] + i % 3 * stride; };
+    const auto add = [&](int64_t k) __attribute__((always_inline)) {
+      Words factors[vectors];
+#pragma GCC unroll 2
+      for (int64_t side = 0; side < vectors; ++side)
+        std::memcpy(&factors[side], w + (k * vectors + side) * kLanes, sizeof(Words));
+#pragma GCC unroll 32
       for (int64_t i = 0; i < rows; ++i) {
-        const Word x = f.x[i * f.x_stride + k];
-        sums[i][0] = multiply_add(sums[i][0], x, left);
-        sums[i][1] = multiply_add(sums[i][1], x, right);
+        const Word x = row(i)[k];
+#pragma GCC unroll 2
+        for (int64_t side = 0; side < vectors; ++side) sums[i][side] = multiply_add(sums[i][side], x, factors[side]);
       }
+    };
+    const auto step = [&](int64_t words) __attribute__((always_inline)) {
+      w += words * vectors * kLanes;
+#pragma GCC unroll 8
+      for (const Word*& start : starts) {
+        start += words;
+        asm("" : "+r"(start));  // the compiler would make a register of each sum of them
+      }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= f.depth; k += kStep) {
+      if (f.next.start && k * f.next.word % kLine == 0) {
+        const char* next = static_cast<const char*>(f.next.start) + k * f.next.word;
+#pragma GCC unroll 32
+        for (int64_t i = 0; i < rows; ++i, next += f.next.stride) __builtin_prefetch(next);
+      }
+#pragma GCC unroll kUnrolled
+      for (int64_t j = 0; j < kStep; ++j) add(j);
+      step(kStep);
     }
-#pragma GCC unroll 16
+    for (; k < f.depth; ++k) add(0), step(1);
+#pragma GCC unroll 32
     for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2
-      for (int64_t side = 0; side < 2; ++side) {
+      for (int64_t side = 0; side < vectors; ++side) {
         float* const z = f.z + i * f.z_stride + side * kLanes;
         store(z, f.first ? sums[i][side] : load(z, kLanes) + sums[i][side], kLanes);
       }
-    }
-  }
-
-  // The same of one vector of tokens, whose words are read from W. x has as many rows as the least power of two that has
-  // them.
-  template <typename Weight, int64_t rows = kFew>
-  static inline void multiply_few(const Block<Word>& f, const Unpacked<Weight>& w) {
-    if constexpr (rows > 1)
-      if (2 * f.rows <= rows) return multiply_few<Weight, rows / 2>(f, w);
-    const Word* const x = f.x;
-    const int64_t x_stride = f.x_stride, stride = w.stride;
-    alignas(64) Word words[kLanes * kLanes];
-    Floats sums[rows] = {};
-    const auto add = [&](int64_t k, int64_t j) __attribute__((always_inline)) {
-      Words next;
-      std::memcpy(&next, words + j * kLanes, sizeof next);
-#pragma GCC unroll kUnrolled
-      for (int64_t i = 0; i < rows; ++i) sums[i] = multiply_add(sums[i], x[i * x_stride + k + j], next);
-    };
-    int64_t k = 0;
-    for (; k < w.whole; k += kLanes) {
-      ask_ahead(w.start + k * kNumbers, stride, w.ahead, k);
-      pack_square(w.start + k * kNumbers, stride, words, kLanes);
-#pragma GCC unroll kUnrolled
-      for (int64_t j = 0; j < kLanes; ++j) add(k, j);
-    }
-    for (; k < f.depth; k += kLanes) {
-      pack_edge(w.start + k * kNumbers, stride, w.tokens, w.left - k * kNumbers, words, kLanes);
-#pragma GCC unroll 1
-      for (int64_t j = 0; j < kLanes; ++j) add(k, j);
-    }
-#pragma GCC unroll kUnrolled
-    for (int64_t i = 0; i < rows; ++i) {
-      if (i == f.rows) break;
-      float* const z = f.z + i * f.z_stride;
-      store(z, f.first ? sums[i] : load(z, kLanes) + sums[i], kLanes);
     }
   }
 };

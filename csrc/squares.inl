@@ -32,32 +32,28 @@ template <typename Weight>
 // Has the processor fetch the square that is `ahead` numbers on, if any: it foresees no jump from row to row.
 template <typename Weight>
 INLINED void ask_ahead(const Weight* w, int64_t stride, int64_t ahead, int64_t k) {
-  if (!ahead || k * kNumbers * sizeof(Weight) % 64) return;  // a line is asked for once
+  if (!ahead || k * kNumbers * sizeof(Weight) % kLine) return;  // a line is asked for once
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) __builtin_prefetch(w + ahead + i * stride);
 }
 
-// What a leaf multiplies at once: some rows times kTokens tokens.
+// Rows that will be read next, of which the processor is asked to fetch a line after another meanwhile.
+struct Ahead {
+  const void* start = nullptr;  // null: none
+  int64_t stride, word;         // bytes from one row to the next, and of a word
+};
+
+// What a leaf multiplies at once: kRows rows times kTokens tokens; or, of few rows, some tokens times kTokens rows.
 template <typename Word>
 struct Block {
-  int64_t rows;  // at least 1, at most the leaf's kRows, or its kFew
   const Word* x;
   int64_t x_stride, x_apart;  // from one row to the next, and from one part of the numbers to the next
-  const Word* w;              // [depth, kTokens]; null where W is read as it is
+  const Word* w;              // [depth, kTokens]
   int64_t w_apart;
   int64_t depth;
   int64_t parts, most;
   float* z;
   int64_t z_stride;
   bool first;  // else it is added to what is in z
-};
-
-// Rows of W as they are, from which a leaf reads some tokens' words itself.
-template <typename Weight>
-struct Unpacked {
-  const Weight* start;
-  int64_t stride;
-  int64_t tokens, left;  // how many there are, and numbers of each
-  int64_t whole;         // words of which whole squares are there
-  int64_t ahead;         // from what is read to what will be, which is asked for meanwhile; 0 for nothing
+  Ahead next{};
 };

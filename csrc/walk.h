@@ -18,6 +18,8 @@ constexpr int kUnrolled = 16;
 
 namespace tuned_lens_fast {
 
+constexpr int64_t kLine = 64;  // bytes of a line of the caches
+
 // The bits of a number of 16.
 enum class Bf16 : uint16_t {};
 enum class Half : uint16_t {};

@@ -80,6 +80,14 @@ def test_against_float64(case, rows, width, d_model, seed):
 
 
 @every
+@pytest.mark.parametrize("start", [0, 1])
+def test_weights_between_other_numbers(unit, dtype, parts, most, off, start):
+    """Pairs of W that lie on no pair's boundary, or only in every other row."""
+    x, weight = normal(9, 32).to(dtype), normal(70, 33, seed=1).to(dtype)[:, start : start + 32]
+    assert torch.equal(product(unit, x, weight, parts, most), product(unit, x, weight.clone(), parts, most))
+
+
+@every
 def test_long_sums_are_as_exact_as_pytorch_s(unit, dtype, parts, most, off):
     x, weight = normal(20, 4096).to(dtype), normal(40, 4096, seed=1).to(dtype)
     exact = x.double() @ weight.double().T

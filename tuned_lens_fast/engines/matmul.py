@@ -23,6 +23,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The most rows and tokens that csrc/ sums at once, and the fewest; of W a thread packs so many tokens and bytes, or
 #: LEAF tokens.
 LEAF, SMALLEST_LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 16, 128, 2**18
+#: The most rows of which a thread has all logits of a block before it, for W is not packed.
+FEW_ROWS = 128
 #: Above so many top tokens, a pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
 
@@ -206,7 +208,8 @@ class NativeMatmul(Matmul):
         x = (rows + LEAF) * 4 * (2 * weight.shape[1] + parts * max(deep, added))
         # Of every thread: a block of W, its logits, and what is found of every row.
         token = max(deep, added) * parts * (2 if self.parts else 4)
-        thread = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES)) + LEAF * BLOCK_TOKENS * 4
+        thread = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES))
+        thread += (2 * LEAF + min(rows, FEW_ROWS)) * BLOCK_TOKENS * 4
         thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
         bias = 0 if self.bias is None else self.head.vocab * 4
         copies = tile * weight.shape[1] * 4 * ((weight.stride(1) != 1) + bool(added)) + rows * deep * 4 * bool(added)

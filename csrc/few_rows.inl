@@ -1,0 +1,97 @@
+// Few rows change places with the tokens: what is packed, once, is x, and W's words are read where they are. So W passes
+// memory once, and no more than that has to be done with it: packing W costs more than so few products with it.
+//
+// Included once for each leaf, by walk.inl; a template, for not every leaf has this (kFew).
+
+// x in words, padded with zeros: [panels, depth, vectors of rows].
+template <typename Leaf>
+struct FewRows {
+  int64_t vectors, depth, panels;
+  Room<Word> words;
+
+  explicit FewRows(const Walk& f)
+      : vectors(f.rows <= kLanes ? 1 : 2), depth(depth_of(f)), panels((f.rows + Leaf::kTokens - 1) / Leaf::kTokens),
+        words(panels * depth * width()) {
+    for (int64_t row = 0; row < f.rows; row += kLanes) {
+      Word* const to = words.start + row / width() * depth * width() + row % width();
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const int64_t numbers = k * kNumbers;
+        pack_edge(f.x + row * f.x_stride + numbers, f.x_stride, f.rows - row, f.d_model - numbers, to + k * width(),
+                  width());
+      }
+    }
+  }
+
+  int64_t width() const { return vectors * kLanes; }
+};
+
+// Products of some tokens with rows, [tokens, kTokens], become those of the rows, [rows, kMostTokens].
+template <typename Leaf>
+static inline void turn_back(const float* from, int64_t tokens, int64_t rows, float* to) {
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t token = 0; token < tokens; token += kLanes) {
+      Floats square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) square[i] = load(from + (token + i) * Leaf::kTokens + row, kLanes);
+      store_transposed(square, to + row * kMostTokens + token, kMostTokens);
+    }
+  }
+}
+
+template <typename Weight, typename Leaf>
+static inline void walk_tokens(
+    const Walk& f, const FewRows<Leaf>& x, const Found& found, int64_t first, int64_t last) {
+  constexpr bool kSame = std::is_same_v<Weight, std::conditional_t<kNumbers == 1, float, Bf16>>;
+  constexpr int64_t kSize = sizeof(Weight);
+  const auto start = reinterpret_cast<uintptr_t>(f.w);
+  // Whether W's words are in memory as the leaf wants them; else, and where W ends, some tokens' are made so.
+  const bool there = kSame && f.d_model % kNumbers == 0 && f.w_stride % kNumbers == 0 && start % sizeof(Word) == 0;
+  const int64_t deep = deep_of(x.depth), made_stride = deep + kLine / sizeof(Word);
+  const int64_t at_once = Leaf::kRows * 2 / x.vectors;
+  const int64_t block = kMostTokens / at_once * at_once;
+  const Room<Word> made(at_once * made_stride);
+  const Room<float> turned(x.panels * kMostTokens * Leaf::kTokens), room(Leaf::kTokens * kMostTokens);
+  for (int64_t token = first; token < last; token += block) {
+    const int64_t past = std::min(token + block, last);
+    for (int64_t some = token; some < past; some += at_once) {
+      const Weight* const w = static_cast<const Weight*>(f.w) + some * f.w_stride;
+      const bool read = there && some + at_once <= past;
+      const int64_t depth = read ? f.d_model / kNumbers : x.depth, stride = read ? f.w_stride / kNumbers : made_stride;
+      const Weight* const ahead = some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
+      for (int64_t k = 0; k == 0 || k < depth; k += deep) {  // of no words the sum is 0
+        const int64_t words = std::min(deep, depth - k);
+        for (int64_t i = 0; i < at_once && !read; ++i) {
+          const bool exists = some + i < past;
+          widen_row(
+              w + exists * (i * f.w_stride + k * kNumbers), exists * (f.d_model - k * kNumbers), words,
+              made.start + i * stride);
+        }
+        Block<Word> product{
+            read ? reinterpret_cast<const Word*>(w) + k : made.start, stride, 0,
+            x.words.start + k * x.width(), 0, words, 1, 0,
+            turned.start + (some - token) * Leaf::kTokens, Leaf::kTokens, k == 0,
+            {ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize}};
+        for (int64_t panel = 0; panel < x.panels; ++panel) {
+          x.vectors == 1 ? Leaf::template multiply<1>(product) : Leaf::template multiply<2>(product);
+          product.w += x.depth * x.width();
+          product.z += kMostTokens * Leaf::kTokens;
+          product.next.start = nullptr;
+        }
+      }
+    }
+    for (int64_t row = 0; row < f.rows; row += Leaf::kTokens) {
+      const int64_t rows = std::min(Leaf::kTokens, f.rows - row);
+      turn_back<Leaf>(turned.start + row * kMostTokens, past - token, rows, room.start);
+      meet(f, found, row, rows, token, past - token, room.start, kMostTokens);
+    }
+  }
+}
+
+template <typename Leaf>
+static inline void walk_tokens(
+    const Walk& f, const FewRows<Leaf>& x, const Found& found, int64_t first, int64_t last) {
+  switch (f.kind) {
+    case Kind::kFloat: return walk_tokens<float>(f, x, found, first, last);
+    case Kind::kBf16: return walk_tokens<Bf16>(f, x, found, first, last);
+    case Kind::kHalf: return walk_tokens<Half>(f, x, found, first, last);
+  }
+}
