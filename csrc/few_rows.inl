@@ -46,8 +46,13 @@ static inline void walk_tokens(
   // Whether W's words are in memory as the leaf wants them; else, and where W ends, some tokens' are made so.
   const bool there = kSame && f.d_model % kNumbers == 0 && f.w_stride % kNumbers == 0 && start % sizeof(Word) == 0;
   const int64_t deep = deep_of(x.depth), made_stride = deep + kLine / sizeof(Word);
-  const int64_t at_once = Leaf::kRows * 2 / x.vectors;
-  const int64_t block = kMostTokens / at_once * at_once;
+  // Tokens that lie so share a set of the first-level cache, which holds eight lines: no more at once than fit, and none
+  // asked for.
+  const bool crowded = f.w_stride * kSize % 2048 == 0;
+  const int64_t at_once = x.vectors == 1 && !crowded ? 2 * Leaf::kRows : Leaf::kRows;
+  // Where W is read again, it should be in the second-level cache still.
+  const int64_t row_bytes = f.d_model * kSize, fitting = f.found.u ? kBlockBytes / std::max(row_bytes, kLine) : kMostTokens;
+  const int64_t block = std::clamp(fitting, at_once, kMostTokens) / at_once * at_once;
   const Room<Word> made(at_once * made_stride);
   const Room<float> turned(x.panels * kMostTokens * Leaf::kTokens), room(Leaf::kTokens * kMostTokens);
   for (int64_t token = first; token < last; token += block) {
@@ -56,7 +61,7 @@ static inline void walk_tokens(
       const Weight* const w = static_cast<const Weight*>(f.w) + some * f.w_stride;
       const bool read = there && some + at_once <= past;
       const int64_t depth = read ? f.d_model / kNumbers : x.depth, stride = read ? f.w_stride / kNumbers : made_stride;
-      const Weight* const ahead = some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
+      const Weight* const ahead = !crowded && some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
       for (int64_t k = 0; k == 0 || k < depth; k += deep) {  // of no words the sum is 0
         const int64_t words = std::min(deep, depth - k);
         for (int64_t i = 0; i < at_once && !read; ++i) {
@@ -71,7 +76,12 @@ static inline void walk_tokens(
             turned.start + (some - token) * Leaf::kTokens, Leaf::kTokens, k == 0,
             {ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize}};
         for (int64_t panel = 0; panel < x.panels; ++panel) {
-          x.vectors == 1 ? Leaf::template multiply<1>(product) : Leaf::template multiply<2>(product);
+          if (x.vectors == 2)
+            Leaf::template multiply<2>(product);
+          else if (crowded)
+            Leaf::template multiply<1>(product);
+          else
+            Leaf::template multiply<1, 2 * Leaf::kRows>(product);
           product.w += x.depth * x.width();
           product.z += kMostTokens * Leaf::kTokens;
           product.next.start = nullptr;

@@ -1,5 +1,5 @@
 // The leaf for multiply-adds of vectors, whose sums fill the registers but for those that hold the factors: ROWS rows
-// times two vectors of tokens, or twice as many times one.
+// times two vectors of tokens; or, of few rows, ROWS or twice as many tokens times one vector of rows.
 
 struct Leaf {
   static constexpr int64_t kRows = ROWS, kTokens = 2 * kLanes;
@@ -8,9 +8,8 @@ struct Leaf {
   static constexpr int64_t kStep = kLanes;      // words after which addresses are made anew
   static constexpr int64_t kFew = 4 * kTokens;  // rows for which packing W does not pay
 
-  template <int64_t vectors = 2>
+  template <int64_t vectors = 2, int64_t rows = kRows>
   [[gnu::noinline]] static void multiply(const Block<Word>& f) {
-    constexpr int64_t rows = kRows * 2 / vectors;
     Floats sums[rows][vectors] = {};
     const Word* w = f.w;
     // Every third row's start, for there are no registers for all of them: a row is none, one or two strides on.

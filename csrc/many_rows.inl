@@ -4,7 +4,6 @@
 // Included once for each leaf, by walk.inl.
 
 constexpr int64_t kGroupRows = Leaf::kRows * std::max<int64_t>(1, 24 / Leaf::kRows);  // whose logits are in the buffer
-constexpr int64_t kBlockBytes = 256 * 1024;  // of W in a block, if it is no less than one of the leaf's
 
 // x in words, rows padded with zeros to the leaf's and to whole vectors.
 struct ManyRows {

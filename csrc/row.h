@@ -137,6 +137,8 @@ struct Found {
   int64_t* top;
   int64_t k;
   float* rescale;
+  float* u = nullptr;  // [rows, u_width], sum exp(z - m) W
+  int64_t u_width = 0;
 
   TopK top_of(int64_t i) const { return {top + i * k, k}; }
 
@@ -159,10 +161,16 @@ struct Found {
     if (r) r[i] = 0;
     if (target) target[i] = -kInfinity;
     for (int64_t j = 0; j < k; ++j) top_of(i).keys[j] = kNoKey;
+    for (int64_t j = 0; u && j < u_width; ++j) u[i * u_width + j] = 0.0f;
   }
 
   // What was found of the same row in another part of the vocabulary.
   void merge(int64_t i, const Found& other) const {
+    if (u) {
+      const float m = std::max(sums[i].m, other.sums[i].m), origin = m == -kInfinity ? 0.0f : m;
+      const float own = std::exp(sums[i].m - origin), others = std::exp(other.sums[i].m - origin);
+      for (int64_t j = i * u_width; j < (i + 1) * u_width; ++j) u[j] = own * u[j] + others * other.u[j];
+    }
     tuned_lens_fast::merge(sums[i], other.sums[i]);
     if (r) r[i] += other.r[i];
     if (target && other.target[i] > target[i]) target[i] = other.target[i];

@@ -154,7 +154,7 @@ void logits(
 void vocabulary_walk(
     Tensor x, Tensor weight, std::optional<Tensor> bias, double scale, double softcap, int64_t parts, int64_t most,
     std::optional<Tensor> targets, std::optional<Tensor> threshold, Tensor sums, std::optional<Tensor> r,
-    std::optional<Tensor> target, std::optional<Tensor> top) {
+    std::optional<Tensor> target, std::optional<Tensor> top, std::optional<Tensor> u) {
   Walk f = walk_of(x, weight, bias, scale, softcap, parts, most);
   const int64_t rows = f.rows;
   STD_TORCH_CHECK(
@@ -162,11 +162,13 @@ void vocabulary_walk(
   STD_TORCH_CHECK(
       by_row(targets, rows) && by_row(threshold, rows) && by_row(r, rows) && by_row(target, rows) && by_row(top, rows),
       "targets, threshold, r, target and top have to be contiguous, a value for each of x's rows");
+  STD_TORCH_CHECK(
+      !u || (has_rows(*u, f.d_model) && by_row(*u, rows)), "u has to be fp32 [rows, d_model], contiguous");
   STD_TORCH_CHECK(!r || threshold, "threshold: wanted, for r counts against it");
   f.found = {
       read<int64_t>(targets), read<float>(threshold), reinterpret_cast<Running*>(sums.mutable_data_ptr<float>()),
       written<int64_t>(r), written<float>(target), written<int64_t>(top),
-      top ? top->size(1) : 0, nullptr};
+      top ? top->size(1) : 0, nullptr, written<float>(u), f.d_model};
   run(f);
 }
 
@@ -180,8 +182,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tuned_lens_fast, library) {
       "-> ()");
   library.def(
       "vocabulary_walk(Tensor x, Tensor weight, Tensor? bias, float scale, float softcap, int parts, int most, "
-      "Tensor? targets, Tensor? threshold, Tensor(a!) sums, Tensor(b!)? r, Tensor(c!)? target, Tensor(d!)? top) "
-      "-> ()");
+      "Tensor? targets, Tensor? threshold, Tensor(a!) sums, Tensor(b!)? r, Tensor(c!)? target, Tensor(d!)? top, "
+      "Tensor(e!)? u) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tuned_lens_fast, CompositeExplicitAutograd, library) {

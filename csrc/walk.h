@@ -46,14 +46,17 @@ struct Walk {
 // What each share of the tokens finds out of every row; the first one's is where all of it is to be.
 class Shares {
  public:
-  explicit Shares(const Walk& f) : own_(f.found.sums ? f.shares - 1 : 0, Own(f)), found_(1, f.found) {
+  explicit Shares(const Walk& f)
+      : own_(f.found.sums ? f.shares - 1 : 0, Own(f)), rescale_(f.found.u ? f.rows : 0), found_(1, f.found) {
     if (!f.found.sums) return;
+    if (f.found.u) found_[0].rescale = rescale_.data();
     for (Own& own : own_) {
       Found next = f.found;
       next.sums = own.sums.data();
       next.r = next.r ? own.r.data() : nullptr;
       next.target = next.target ? own.target.data() : nullptr;
       next.top = own.top.data();
+      if (next.u) next.u = own.u.data(), next.rescale = own.rescale.data();
       found_.push_back(next);
     }
     for (const Found& each : found_)
@@ -71,11 +74,13 @@ class Shares {
   struct Own {
     std::vector<Running> sums;
     std::vector<int64_t> r, top;
-    std::vector<float> target;
+    std::vector<float> target, u, rescale;
     explicit Own(const Walk& f)
-        : sums(f.rows), r(f.found.r ? f.rows : 0), top(f.rows * f.found.k), target(f.found.target ? f.rows : 0) {}
+        : sums(f.rows), r(f.found.r ? f.rows : 0), top(f.rows * f.found.k), target(f.found.target ? f.rows : 0),
+          u(f.found.u ? f.rows * f.found.u_width : 0), rescale(f.found.u ? f.rows : 0) {}
   };
   std::vector<Own> own_;
+  std::vector<float> rescale_;
   std::vector<Found> found_;
 };
 

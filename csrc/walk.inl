@@ -2,15 +2,18 @@
 //
 // Threads share out the tokens. A leaf, of which every generation of processors has one, sums some rows' logits of some
 // tokens in registers; in a buffer that stays in the first-level cache the model's bias, scale and softcap are put to
-// them, and they are added to the rows' state or written out. Threads' states merge as those of tiles do.
+// them, and they are added to the rows' state or written out; exp(z - m) may be multiplied by W at once. Threads' states
+// merge as those of tiles do.
 //
 // Each logit is summed in one order, wherever its row and its token stand and however many there are.
 //
 // Included once for each leaf, after it.
 
-constexpr int64_t kMostTokens = 128;  // whose logits are in the buffer
+constexpr int64_t kMostTokens = 128;         // of a block, whose logits are in the buffer
+constexpr int64_t kBlockBytes = 256 * 1024;  // of W in a block, if it is no less than one of the leaf's
 
 #include "packing.inl"
+#include "rows_of_weight.inl"
 
 // What the model makes of a row's products.
 static inline void transform(const Walk& f, int64_t token, int64_t width, float* z) {
@@ -28,13 +31,15 @@ static inline void transform(const Walk& f, int64_t token, int64_t width, float*
 static inline void meet(
     const Walk& f, const Found& found, int64_t row, int64_t rows, int64_t token, int64_t width, float* z,
     int64_t z_stride) {
-  for (int64_t i = 0; i < rows; ++i, z += z_stride) {
-    transform(f, token, width, z);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* const logits = z + i * z_stride;
+    transform(f, token, width, logits);
     if (f.found.sums)
-      found.add(row + i, z, width, token, add_tile);
+      found.add(row + i, logits, width, token, add_tile);
     else
-      std::memcpy(f.z + (row + i) * f.z_stride + token, z, sizeof(float) * width);
+      std::memcpy(f.z + (row + i) * f.z_stride + token, logits, sizeof(float) * width);
   }
+  if (f.found.u) add_rows_of_weight(f, found, row, rows, token, width, z, z_stride);
 }
 
 #include "many_rows.inl"

@@ -75,14 +75,14 @@ class Unit:
     def logits(self, x, weight, bias, scale, softcap, parts, most, z) -> None:
         """The operator of that name."""
         assert z.stride(1) == 1 or z.shape[1] < 2
-        self._walk(x, weight, bias, scale, softcap, parts, most, z, z.stride(0), *[None] * 6, 0)
+        self._walk(x, weight, bias, scale, softcap, parts, most, z, z.stride(0), *[None] * 6, 0, None)
 
     def vocabulary_walk(
-        self, x, weight, bias, scale, softcap, parts, most, targets, threshold, sums, r, target, top
+        self, x, weight, bias, scale, softcap, parts, most, targets, threshold, sums, r, target, top, u
     ) -> None:
         """The operator of that name."""
         k = 0 if top is None else top.shape[1]
-        found = (targets, threshold, sums, r, target, top, k)
+        found = (targets, threshold, sums, r, target, top, k, u)
         self._walk(x, weight, bias, scale, softcap, parts, most, None, 0, *found)
 
     def install(self, monkeypatch, native) -> None:

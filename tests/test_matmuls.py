@@ -82,9 +82,12 @@ def test_against_float64(case, rows, width, d_model, seed):
 @every
 @pytest.mark.parametrize("start", [0, 1])
 def test_weights_between_other_numbers(unit, dtype, parts, most, off, start):
-    """Pairs of W that lie on no pair's boundary, or only in every other row."""
-    x, weight = normal(9, 32).to(dtype), normal(70, 33, seed=1).to(dtype)[:, start : start + 32]
-    assert torch.equal(product(unit, x, weight, parts, most), product(unit, x, weight.clone(), parts, most))
+    """Pairs of W that lie on no pair's boundary, or only in every other row; rows that share sets of a cache."""
+    for wide, d_model in ((33, 32), (1024, 96)):
+        x, weight = normal(9, d_model).to(dtype), normal(70, wide, seed=1).to(dtype)[:, start : start + d_model]
+        for rows in (x[:5], x):
+            found = product(unit, rows, weight, parts, most)
+            assert torch.equal(found, product(unit, rows, weight.clone(), parts, most))
 
 
 @every
@@ -148,11 +151,12 @@ def walked(unit, x, head, parts, most, targets, top_k):
     sums, r, target = torch.full((rows, 3), NAN), torch.zeros(rows, dtype=torch.int64), torch.full((rows,), NAN)
     threshold = z.gather(1, targets.unsqueeze(1)).squeeze(1)
     top = torch.zeros(rows, top_k, dtype=torch.int64) if top_k else None
+    u = torch.full(x.shape, NAN)
     transform = (head.bias, head.scale, head.softcap or 0.0)
     operators(unit).vocabulary_walk(
-        x.float(), head.weight, *transform, parts, most, targets, threshold, sums, r, target, top
+        x.float(), head.weight, *transform, parts, most, targets, threshold, sums, r, target, top, u
     )
-    return State(*sums.unbind(1), r, target, top), z
+    return State(*sums.unbind(1), r, target, top, u), z
 
 
 @every
@@ -182,6 +186,19 @@ def test_a_walk_finds_what_the_definition_finds_in_its_logits(unit, dtype, parts
                 assert torch.equal(part(found.top)[fine], part(wanted.top)[fine])
             torch.testing.assert_close(found.s[fine], wanted.s[fine], atol=0, rtol=3e-6)
             torch.testing.assert_close(found.t[fine], wanted.t[fine], atol=1e-5, rtol=1e-5)
+            assert fine.any() or head.bias is not None
+            u = (z[fine].double() - wanted.m[fine].double().unsqueeze(1)).exp() @ weight.double()
+            torch.testing.assert_close(found.u[fine].double(), u, atol=3e-5, rtol=3e-6)
+
+
+@every
+@pytest.mark.parametrize(("rows", "d_model"), [(1, 5), (7, 33), (25, 64), (70, 150)])
+def test_a_walk_sums_rows_of_weight(unit, dtype, parts, most, off, rows, d_model):
+    x, weight = normal(rows, d_model).to(dtype), normal(470, d_model + 3, seed=1).to(dtype)[:, :-3]
+    found, z = walked(unit, x, Head(weight), parts, most, torch.arange(rows), 0)
+    p = (z.double() - found.m.double().unsqueeze(1)).exp()
+    allowed = 3e-6 * (p @ weight.double().abs()) + 1e-30
+    assert ((found.u - p @ weight.double()).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("weight", [normal(80, 24).t().contiguous().t(), normal(80, 48)[:, ::2]], ids=["t", "strided"])
@@ -223,6 +240,7 @@ class TestOperators:
             "r": torch.zeros(self.ROWS, dtype=torch.int64),
             "target": torch.zeros(self.ROWS),
             "top": torch.zeros(self.ROWS, 2, dtype=torch.int64),
+            "u": torch.zeros(self.ROWS, 8),
         }
         return product, found
 
@@ -231,7 +249,7 @@ class TestOperators:
         torch.library.opcheck(
             torch.ops.tuned_lens_fast.logits.default, (*product.values(), torch.zeros(self.ROWS, self.TOKENS))
         )
-        for left_out in ((), ("targets", "threshold", "r", "target", "top")):
+        for left_out in ((), ("targets", "threshold", "r", "target", "top", "u")):
             values = (product | found | dict.fromkeys(left_out)).values()
             torch.library.opcheck(torch.ops.tuned_lens_fast.vocabulary_walk.default, tuple(values))
 
@@ -327,13 +345,16 @@ def test_a_walk_is_taken_where_it_can_be(monkeypatch):
         (Head(weight), Wanted(top_k=64), True),
         (Head(weight[:, :8]), Wanted(), True),
         (Head(weight), Wanted(top_k=65), False),
-        (Head(weight), Wanted(u="exact"), False),
+        (Head(weight), Wanted(u="exact"), True),
         (Head(transposed), Wanted(), False),
     ):
         walks.clear()
         matmul = engine.matmul(head)
         engine.tile_passes(matmul, matmul.pack(normal(3, 8)), wanted, None, None, 256)
         assert bool(walks) == taken
+    walks.clear()
+    engine.tile_passes(matmul, matmul.pack(normal(65, 8)), Wanted(u="exact"), None, None, 256)
+    assert not walks
 
 
 def test_the_path_in_use_is_named(monkeypatch):

@@ -119,11 +119,11 @@ extern "C" void walk(
     int64_t unit, const float* x, int64_t rows, int64_t d_model, int64_t x_stride, const void* w, int64_t kind,
     int64_t tokens, int64_t w_stride, const float* bias, float scale, float softcap, int64_t parts, int64_t most,
     float* z, int64_t z_stride, const int64_t* targets, const float* threshold, float* sums, int64_t* r, float* target,
-    int64_t* top, int64_t k) {
+    int64_t* top, int64_t k, float* u) {
   using namespace tuned_lens_fast;
   const Walk f{
       rows, d_model, tokens, x, x_stride, w, static_cast<Kind>(kind), w_stride, bias, scale, softcap, parts, most,
-      2, z, z_stride, {targets, threshold, reinterpret_cast<Running*>(sums), r, target, top, k, nullptr}};
+      2, z, z_stride, {targets, threshold, reinterpret_cast<Running*>(sums), r, target, top, k, nullptr, u, d_model}};
   const auto parallel = [](int64_t count, const auto& work) {  // as two threads would
     work(0, count / 2);
     work(count / 2, count);

@@ -25,6 +25,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAF, SMALLEST_LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 16, 128, 2**18
 #: The most rows of which a thread has all logits of a block before it, for W is not packed.
 FEW_ROWS = 128
+#: The most rows for which a walk adds up sum exp(z - m) W; of more, a tile's exp(z - m) and W are multiplied by PyTorch.
+ROWS_WITH_U = 64
 #: Above so many top tokens, a pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
 
@@ -191,9 +193,10 @@ class NativeMatmul(Matmul):
         r = sums.new_empty(x.rows, dtype=torch.int64) if "r" in wanted.running else None
         target = None if targets is None else sums.new_empty(x.rows)
         top = sums.new_empty(x.rows, wanted.top_k, dtype=torch.int64) if wanted.top_k else None
+        u = torch.empty_like(x.values) if wanted.u else None
         product = (x.values, head.weight, self.bias, head.scale, head.softcap or 0.0, self.parts, self.most)
-        torch.ops.tuned_lens_fast.vocabulary_walk(*product, targets, threshold, sums, r, target, top)
-        return State(**dict(zip(SUMS, sums.unbind(1), strict=True)), r=r, target=target, top=top)
+        torch.ops.tuned_lens_fast.vocabulary_walk(*product, targets, threshold, sums, r, target, top, u)
+        return State(**dict(zip(SUMS, sums.unbind(1), strict=True)), r=r, target=target, top=top, u=u)
 
     def add_rows_of_weight(self, sums: Tensor, shares: Tensor, tokens: slice, exact: bool) -> None:
         if not self.parts or (exact and self.parts == 1):
