@@ -167,8 +167,8 @@ struct Found {
   // What was found of the same row in another part of the vocabulary.
   void merge(int64_t i, const Found& other) const {
     if (u) {
-      const float m = std::max(sums[i].m, other.sums[i].m), origin = m == -kInfinity ? 0.0f : m;
-      const float own = std::exp(sums[i].m - origin), others = std::exp(other.sums[i].m - origin);
+      const float m = fmaxf(sums[i].m, other.sums[i].m), origin = m == -kInfinity ? 0.0f : m;
+      const float own = expf(sums[i].m - origin), others = expf(other.sums[i].m - origin);
       for (int64_t j = i * u_width; j < (i + 1) * u_width; ++j) u[j] = own * u[j] + others * other.u[j];
     }
     tuned_lens_fast::merge(sums[i], other.sums[i]);

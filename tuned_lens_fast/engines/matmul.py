@@ -25,8 +25,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAF, SMALLEST_LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 16, 128, 2**18
 #: The most rows of which a thread has all logits of a block before it, for W is not packed.
 FEW_ROWS = 128
-#: The most rows for which a walk adds up sum exp(z - m) W; of more, a tile's exp(z - m) and W are multiplied by PyTorch.
-ROWS_WITH_U = 64
+#: The most rows for which a walk sums exp(z - m) W, and the most bytes that all threads' sums may take.
+ROWS_WITH_U, BYTES_OF_U = 64, 2**25
 #: Above so many top tokens, a pass's sorted insertion costs more than a selection from the tile.
 MOST_IN_PASS = 64
 
@@ -184,10 +184,15 @@ class NativeMatmul(Matmul):
         torch.ops.tuned_lens_fast.logits(x, weight, *transform, self.parts, self.most, z)
         return z
 
+    def walks(self, rows: int, wanted: Wanted) -> bool:
+        """Whether :meth:`walk` finds all of it; W is contiguous, or made so, a tile at a time."""
+        few = not wanted.u or rows <= self.rows_with_u()
+        return few and wanted.top_k <= MOST_IN_PASS and self.head.weight.stride(1) == 1
+
     def walk(self, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None) -> State:
         """The state of every row after the whole vocabulary, no logit of which leaves a processor's first-level cache.
 
-        W's rows have to be contiguous; targets and threshold are those of ``EagerEngine.tile_passes``.
+        Where :meth:`walks` says so; targets and threshold are those of ``EagerEngine.tile_passes``.
         """
         head, sums = self.head, x.values.new_empty(x.rows, len(SUMS))
         r = sums.new_empty(x.rows, dtype=torch.int64) if "r" in wanted.running else None
@@ -204,6 +209,10 @@ class NativeMatmul(Matmul):
         else:
             sums += self._multiply(shares, self.head.weight[tokens].t().contiguous(), (None, 1.0, 0.0))
 
+    def rows_with_u(self) -> int:
+        """The most rows for which a walk sums exp(z - m) W; of more, PyTorch multiplies a tile's exp(z - m) by W."""
+        return min(ROWS_WITH_U, BYTES_OF_U // (_threads() * 4 * max(1, self.head.weight.shape[1])))
+
     def scratch(self, rows: int, tile: int, top_k: int, sums: bool) -> int:
         weight, parts = self.head.weight, max(1, self.parts)
         deep, added = weight.shape[1] + LEAF, (tile + LEAF) * sums * bool(self.parts)
@@ -214,6 +223,7 @@ class NativeMatmul(Matmul):
         thread = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES))
         thread += (2 * LEAF + min(rows, FEW_ROWS)) * BLOCK_TOKENS * 4
         thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
+        thread += min(rows, self.rows_with_u()) * sums * 4 * weight.shape[1]
         bias = 0 if self.bias is None else self.head.vocab * 4
         copies = tile * weight.shape[1] * 4 * ((weight.stride(1) != 1) + bool(added)) + rows * deep * 4 * bool(added)
         return x + min(_threads(), -(-self.head.vocab // SMALLEST_LEAF)) * thread + bias + copies

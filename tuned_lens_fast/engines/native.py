@@ -21,7 +21,6 @@ from tuned_lens_fast.engines.eager import EagerEngine
 from tuned_lens_fast.engines.interface import Head, Tiling
 from tuned_lens_fast.engines.matmul import (
     MOST_IN_PASS,
-    ROWS_WITH_U,
     NATIVE_DTYPES,
     Matmul,
     NativeMatmul,
@@ -128,9 +127,7 @@ class NativeEngine(EagerEngine):
         self, matmul: Matmul, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None, width: int
     ) -> State:
         threshold = None if threshold is None else threshold.contiguous()
-        contiguous = matmul.head.weight.stride(1) == 1  # else W is made so, a tile at a time
-        few = not wanted.u or x.rows <= ROWS_WITH_U  # every thread has sums of its own
-        if isinstance(matmul, NativeMatmul) and contiguous and few and wanted.top_k <= MOST_IN_PASS:
+        if isinstance(matmul, NativeMatmul) and matmul.walks(x.rows, wanted):
             return matmul.walk(x, wanted, targets, threshold)
         device = x.values.device
         sums = torch.zeros(x.rows, len(SUMS), dtype=torch.float32, device=device)
