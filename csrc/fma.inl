@@ -5,7 +5,6 @@ struct Leaf {
   static constexpr int64_t kRows = ROWS, kTokens = 2 * kLanes;
   // Words whose products are summed in registers: of more than 256 numbers, a sum would be less exact.
   static constexpr int64_t kMostDepth = 256 / kNumbers;
-  static constexpr int64_t kStep = kLanes;      // words after which addresses are made anew
   static constexpr int64_t kFew = 4 * kTokens;  // rows for which packing W does not pay
 
   template <int64_t vectors = 2, int64_t rows = kRows>
@@ -18,38 +17,35 @@ struct Leaf {
     for (int64_t i = 0; i < rows / 3; ++i) starts[i] = f.x + 3 * i * f.x_stride;
     const int64_t stride = f.x_stride;
     const auto row = [&](int64_t i) __attribute__((always_inline)) { return starts[i / 3] + i % 3 * stride; };
-    const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    const auto add_word = [&]() __attribute__((always_inline)) {
       Words factors[vectors];
 #pragma GCC unroll 2
       for (int64_t side = 0; side < vectors; ++side)
-        std::memcpy(&factors[side], w + (k * vectors + side) * kLanes, sizeof(Words));
+        std::memcpy(&factors[side], w + side * kLanes, sizeof(Words));
 #pragma GCC unroll 32
       for (int64_t i = 0; i < rows; ++i) {
-        const Word x = row(i)[k];
+        const Word x = *row(i);
 #pragma GCC unroll 2
         for (int64_t side = 0; side < vectors; ++side) sums[i][side] = multiply_add(sums[i][side], x, factors[side]);
       }
-    };
-    const auto step = [&](int64_t words) __attribute__((always_inline)) {
-      w += words * vectors * kLanes;
+      w += vectors * kLanes;
 #pragma GCC unroll 8
       for (const Word*& start : starts) {
-        start += words;
+        ++start;
         asm("" : "+r"(start));  // the compiler would make a register of each sum of them
       }
     };
-    int64_t k = 0;
-    for (; k + kStep <= f.depth; k += kStep) {
-      if (f.next.start && k * f.next.word % kLine == 0) {
+    const int64_t line = kLine / f.next.word;  // words that the processor is asked for at once
+    for (int64_t k = 0; k < f.depth; k += line) {
+      if (f.next.start) {
         const char* next = static_cast<const char*>(f.next.start) + k * f.next.word;
 #pragma GCC unroll 32
         for (int64_t i = 0; i < rows; ++i, next += f.next.stride) __builtin_prefetch(next);
       }
-#pragma GCC unroll kUnrolled
-      for (int64_t j = 0; j < kStep; ++j) add(j);
-      step(kStep);
+      const int64_t words = std::min(line, f.depth - k);
+#pragma GCC unroll 2
+      for (int64_t j = 0; j < words; ++j) add_word();
     }
-    for (; k < f.depth; ++k) add(0), step(1);
 #pragma GCC unroll 32
     for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 2

@@ -40,7 +40,7 @@ INLINED void ask_ahead(const Weight* w, int64_t stride, int64_t ahead, int64_t k
 // Rows that will be read next, of which the processor is asked to fetch a line after another meanwhile.
 struct Ahead {
   const void* start = nullptr;  // null: none
-  int64_t stride, word;         // bytes from one row to the next, and of a word
+  int64_t stride = 0, word = sizeof(float);  // bytes from one row to the next, and of a word
 };
 
 // What a leaf multiplies at once: kRows rows times kTokens tokens; or, of few rows, some tokens times kTokens rows.

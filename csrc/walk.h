@@ -10,10 +10,8 @@
 // minutes to compile.
 #if defined(__SANITIZE_ADDRESS__) || defined(EMULATED)
 #define INLINED static inline
-constexpr int kUnrolled = 1;
 #else
 #define INLINED [[gnu::always_inline]] static inline
-constexpr int kUnrolled = 16;
 #endif
 
 namespace tuned_lens_fast {
