@@ -1,5 +1,7 @@
 // AVX-512's product of pairs of bf16, which are summed in fp32.
 
-static inline Floats multiply_add(Floats sums, Word x, Words w) {
-  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)(Words{} + x), (__m512bh)w);
+static inline void repeat(const Word* from, Words (&words)[1]) { words[0] = Words{} + *from; }
+
+static inline Floats multiply_add(Floats sums, Words x, Words w) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)w);
 }

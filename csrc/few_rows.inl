@@ -37,21 +37,40 @@ static inline void turn_back(const float* from, int64_t tokens, int64_t rows, fl
   }
 }
 
+// Some tokens' products with all rows, of a part of the words.
+template <typename Leaf, typename Number>
+static inline void multiply_panels(const FewRows<Leaf>& x, int64_t tokens, Block<Word, Number> product) {
+  for (int64_t panel = 0; panel < x.panels; ++panel) {
+    if (x.vectors == 2)
+      Leaf::multiply(product);
+    else if (tokens == Leaf::kRows)
+      Leaf::template multiply<1>(product);
+    else
+      Leaf::template multiply<1, 2 * Leaf::kRows>(product);
+    product.w += x.depth * x.width();
+    product.z += kMostTokens * Leaf::kTokens;
+    product.next.start = nullptr;
+  }
+}
+
 template <typename Weight, typename Leaf>
 static inline void walk_tokens(
     const Walk& f, const FewRows<Leaf>& x, const Found& found, int64_t first, int64_t last) {
-  constexpr bool kSame = std::is_same_v<Weight, std::conditional_t<kNumbers == 1, float, Bf16>>;
   constexpr int64_t kSize = sizeof(Weight);
-  const auto start = reinterpret_cast<uintptr_t>(f.w);
-  // Whether W's words are in memory as the leaf wants them; else, and where W ends, some tokens' are made so.
-  const bool there = kSame && f.d_model % kNumbers == 0 && f.w_stride % kNumbers == 0 && start % sizeof(Word) == 0;
+  // What the leaf reads of W as it lies in memory; else, and where W ends, some tokens' words are made first.
+  constexpr bool kReads = !std::is_same_v<Weight, Half> && (kNumbers == 1 || kSize < sizeof(Word));
+  using Read = std::conditional_t<kReads && kNumbers == 1, Weight, Word>;
+  const bool aligned = f.w_stride % kNumbers == 0 && reinterpret_cast<uintptr_t>(f.w) % sizeof(Read) == 0;
+  const bool reads = kReads && aligned && f.d_model * kSize % sizeof(Word) == 0 &&
+                     (std::is_same_v<Read, Word> || x.vectors == 1);
   const int64_t deep = deep_of(x.depth), made_stride = deep + kLine / sizeof(Word);
   // Tokens that lie so share a set of the first-level cache, which holds eight lines: no more at once than fit, and none
   // asked for.
   const bool crowded = f.w_stride * kSize % 2048 == 0;
   const int64_t at_once = x.vectors == 1 && !crowded ? 2 * Leaf::kRows : Leaf::kRows;
   // Where W is read again, it should be in the second-level cache still.
-  const int64_t row_bytes = f.d_model * kSize, fitting = f.found.u ? kBlockBytes / std::max(row_bytes, kLine) : kMostTokens;
+  const int64_t row_bytes = std::max(f.d_model * kSize, kLine);
+  const int64_t fitting = f.found.u ? kBlockBytes / row_bytes : kMostTokens;
   const int64_t block = std::clamp(fitting, at_once, kMostTokens) / at_once * at_once;
   const Room<Word> made(at_once * made_stride);
   const Room<float> turned(x.panels * kMostTokens * Leaf::kTokens), room(Leaf::kTokens * kMostTokens);
@@ -59,33 +78,29 @@ static inline void walk_tokens(
     const int64_t past = std::min(token + block, last);
     for (int64_t some = token; some < past; some += at_once) {
       const Weight* const w = static_cast<const Weight*>(f.w) + some * f.w_stride;
-      const bool read = there && some + at_once <= past;
-      const int64_t depth = read ? f.d_model / kNumbers : x.depth, stride = read ? f.w_stride / kNumbers : made_stride;
+      const bool all_read = reads && some + at_once <= past;
+      const int64_t depth = all_read ? f.d_model / kNumbers : x.depth;
       const Weight* const ahead = !crowded && some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
       for (int64_t k = 0; k == 0 || k < depth; k += deep) {  // of no words the sum is 0
         const int64_t words = std::min(deep, depth - k);
-        for (int64_t i = 0; i < at_once && !read; ++i) {
+        const Ahead next{ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize};
+        const Word* const factors = x.words.start + k * x.width();
+        float* const z = turned.start + (some - token) * Leaf::kTokens;
+        const auto multiply = [&]<typename Number>(const Number* tokens, int64_t stride) {
+          multiply_panels<Leaf, Number>(
+              x, at_once, {tokens, stride, 0, factors, 0, words, 1, 0, z, Leaf::kTokens, k == 0, next});
+        };
+        if (all_read) {
+          multiply(reinterpret_cast<const Read*>(w) + k, f.w_stride / kNumbers);
+          continue;
+        }
+        for (int64_t i = 0; i < at_once; ++i) {
           const bool exists = some + i < past;
           widen_row(
               w + exists * (i * f.w_stride + k * kNumbers), exists * (f.d_model - k * kNumbers), words,
-              made.start + i * stride);
+              made.start + i * made_stride);
         }
-        Block<Word> product{
-            read ? reinterpret_cast<const Word*>(w) + k : made.start, stride, 0,
-            x.words.start + k * x.width(), 0, words, 1, 0,
-            turned.start + (some - token) * Leaf::kTokens, Leaf::kTokens, k == 0,
-            {ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize}};
-        for (int64_t panel = 0; panel < x.panels; ++panel) {
-          if (x.vectors == 2)
-            Leaf::template multiply<2>(product);
-          else if (crowded)
-            Leaf::template multiply<1>(product);
-          else
-            Leaf::template multiply<1, 2 * Leaf::kRows>(product);
-          product.w += x.depth * x.width();
-          product.z += kMostTokens * Leaf::kTokens;
-          product.next.start = nullptr;
-        }
+        multiply(static_cast<const Word*>(made.start), made_stride);
       }
     }
     for (int64_t row = 0; row < f.rows; row += Leaf::kTokens) {

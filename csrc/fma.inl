@@ -7,31 +7,38 @@ struct Leaf {
   static constexpr int64_t kMostDepth = 256 / kNumbers;
   static constexpr int64_t kFew = 4 * kTokens;  // rows for which packing W does not pay
 
-  template <int64_t vectors = 2, int64_t rows = kRows>
-  [[gnu::noinline]] static void multiply(const Block<Word>& f) {
+  template <int64_t vectors = 2, int64_t rows = kRows, typename Number = Word>
+  [[gnu::noinline]] static void multiply(const Block<Word, Number>& f) {
+    constexpr int64_t kAtOnce = sizeof(Word) / sizeof(Number);
     Floats sums[rows][vectors] = {};
     const Word* w = f.w;
     // Every third row's start, for there are no registers for all of them: a row is none, one or two strides on.
-    const Word* starts[rows / 3];
+    const Number* starts[rows / 3];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < rows / 3; ++i) starts[i] = f.x + 3 * i * f.x_stride;
     const int64_t stride = f.x_stride;
     const auto row = [&](int64_t i) __attribute__((always_inline)) { return starts[i / 3] + i % 3 * stride; };
-    const auto add_word = [&]() __attribute__((always_inline)) {
-      Words factors[vectors];
+    const auto add = [&]() __attribute__((always_inline)) {
+      Words factors[kAtOnce][vectors];
 #pragma GCC unroll 2
-      for (int64_t side = 0; side < vectors; ++side)
-        std::memcpy(&factors[side], w + side * kLanes, sizeof(Words));
+      for (int64_t n = 0; n < kAtOnce; ++n) {
+#pragma GCC unroll 2
+        for (int64_t side = 0; side < vectors; ++side, w += kLanes) std::memcpy(&factors[n][side], w, sizeof(Words));
+      }
 #pragma GCC unroll 32
       for (int64_t i = 0; i < rows; ++i) {
-        const Word x = *row(i);
+        Words x[kAtOnce];
+        repeat(row(i), x);
 #pragma GCC unroll 2
-        for (int64_t side = 0; side < vectors; ++side) sums[i][side] = multiply_add(sums[i][side], x, factors[side]);
+        for (int64_t n = 0; n < kAtOnce; ++n) {
+#pragma GCC unroll 2
+          for (int64_t side = 0; side < vectors; ++side)
+            sums[i][side] = multiply_add(sums[i][side], x[n], factors[n][side]);
+        }
       }
-      w += vectors * kLanes;
 #pragma GCC unroll 8
-      for (const Word*& start : starts) {
-        ++start;
+      for (const Number*& start : starts) {
+        start += kAtOnce;
         asm("" : "+r"(start));  // the compiler would make a register of each sum of them
       }
     };
@@ -44,7 +51,7 @@ struct Leaf {
       }
       const int64_t words = std::min(line, f.depth - k);
 #pragma GCC unroll 2
-      for (int64_t j = 0; j < words; ++j) add_word();
+      for (int64_t j = 0; j < words; j += kAtOnce) add();
     }
 #pragma GCC unroll 32
     for (int64_t i = 0; i < rows; ++i) {

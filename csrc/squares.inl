@@ -44,9 +44,9 @@ struct Ahead {
 };
 
 // What a leaf multiplies at once: kRows rows times kTokens tokens; or, of few rows, some tokens times kTokens rows.
-template <typename Word>
+template <typename Word, typename Number = Word>
 struct Block {
-  const Word* x;
+  const Number* x;  // words, or numbers that the leaf makes words of
   int64_t x_stride, x_apart;  // from one row to the next, and from one part of the numbers to the next
   const Word* w;              // [depth, kTokens]
   int64_t w_apart;
