@@ -42,7 +42,7 @@ sanitize: $(VENV)/.test  ## the native engine's tests with address and undefined
 	TUNED_LENS_FAST_NATIVE=sanitize $(PIP) --no-build-isolation --no-deps --target $(VENV)/sanitized .
 	PYTHONPATH=$(VENV)/sanitized ASAN_OPTIONS=detect_leaks=0 CXXFLAGS="-fsanitize=address,undefined" \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-		$(BIN)/pytest tests/test_cpu_engines.py tests/test_emulated.py tests/test_matmuls.py -k 'not eager'
+		$(BIN)/pytest -n auto --dist worksteal tests/test_cpu_engines.py tests/test_emulated.py tests/test_matmuls.py -k 'not eager'
 
 bench: $(VENV)/.test  ## time the engines and what each statistic adds, beside the last time
 	rm -rf .benchmarks/before
