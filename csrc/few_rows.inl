@@ -1,5 +1,5 @@
-// Few rows change places with the tokens: what is packed, once, is x, and W's words are read where they are. So W passes
-// memory once, and no more than that has to be done with it: packing W costs more than so few products with it.
+// Few rows change places with the tokens: what is packed, once, is x, and W is read where it lies, or widened a few tokens
+// at a time. Packing W would cost more than so few products with it. So of a Block x is W, and w is x.
 //
 // Included once for each leaf, by walk.inl; a template, for not every leaf has this (kFew).
 
@@ -12,18 +12,22 @@ struct FewRows {
   explicit FewRows(const Walk& f)
       : vectors(f.rows <= kLanes ? 1 : 2), depth(depth_of(f)), panels((f.rows + Leaf::kTokens - 1) / Leaf::kTokens),
         words(panels * depth * width()) {
-    for (int64_t row = 0; row < f.rows; row += kLanes) {
+    for (int64_t row = 0; row < panels * width(); row += kLanes) {
+      const float* const x = f.x + std::min(row, f.rows - 1) * f.x_stride;
       Word* const to = words.start + row / width() * depth * width() + row % width();
       for (int64_t k = 0; k < depth; k += kLanes) {
         const int64_t numbers = k * kNumbers;
-        pack_edge(f.x + row * f.x_stride + numbers, f.x_stride, f.rows - row, f.d_model - numbers, to + k * width(),
-                  width());
+        pack_edge(x + numbers, f.x_stride, f.rows - row, f.d_model - numbers, to + k * width(), width());
       }
     }
   }
 
   int64_t width() const { return vectors * kLanes; }
 };
+
+// Tokens whose products with all rows are there: those of a block, and those that were multiplied with its last.
+template <typename Leaf>
+constexpr int64_t kTurned = kMostTokens + 2 * Leaf::kRows;
 
 // Products of some tokens with rows, [tokens, kTokens], become those of the rows, [rows, kMostTokens].
 template <typename Leaf>
@@ -37,18 +41,19 @@ static inline void turn_back(const float* from, int64_t tokens, int64_t rows, fl
   }
 }
 
-// Some tokens' products with all rows, of a part of the words.
+// Some tokens' products with all rows, of some of their words.
 template <typename Leaf, typename Number>
 static inline void multiply_panels(const FewRows<Leaf>& x, int64_t tokens, Block<Word, Number> product) {
   for (int64_t panel = 0; panel < x.panels; ++panel) {
-    if (x.vectors == 2)
-      Leaf::multiply(product);
-    else if (tokens == Leaf::kRows)
+    if (x.vectors == 2) {
+      if constexpr (std::is_same_v<Number, Word>) Leaf::multiply(product);
+    } else if (tokens == Leaf::kRows) {
       Leaf::template multiply<1>(product);
-    else
+    } else {
       Leaf::template multiply<1, 2 * Leaf::kRows>(product);
+    }
     product.w += x.depth * x.width();
-    product.z += kMostTokens * Leaf::kTokens;
+    product.z += kTurned<Leaf> * Leaf::kTokens;
     product.next.start = nullptr;
   }
 }
@@ -64,49 +69,53 @@ static inline void walk_tokens(
   const bool reads = kReads && aligned && f.d_model * kSize % sizeof(Word) == 0 &&
                      (std::is_same_v<Read, Word> || x.vectors == 1);
   const int64_t deep = deep_of(x.depth), made_stride = deep + kLine / sizeof(Word);
-  // Tokens that lie so share a set of the first-level cache, which holds eight lines: no more at once than fit, and none
-  // asked for.
+  // Tokens that lie so share a set of the first-level cache, which holds some eight lines: fewer at once, and none asked
+  // for.
   const bool crowded = f.w_stride * kSize % 2048 == 0;
   const int64_t at_once = x.vectors == 1 && !crowded ? 2 * Leaf::kRows : Leaf::kRows;
-  // Where W is read again, it should be in the second-level cache still.
-  const int64_t row_bytes = std::max(f.d_model * kSize, kLine);
-  const int64_t fitting = f.found.u ? kBlockBytes / row_bytes : kMostTokens;
-  const int64_t block = std::clamp(fitting, at_once, kMostTokens) / at_once * at_once;
+  // As of many rows, for what is found is summed a block at a time. W^T p is read and written once a block.
+  const int64_t block = f.found.u ? kMostTokens : block_of(f);
   const Room<Word> made(at_once * made_stride);
-  const Room<float> turned(x.panels * kMostTokens * Leaf::kTokens), room(Leaf::kTokens * kMostTokens);
-  for (int64_t token = first; token < last; token += block) {
-    const int64_t past = std::min(token + block, last);
-    for (int64_t some = token; some < past; some += at_once) {
-      const Weight* const w = static_cast<const Weight*>(f.w) + some * f.w_stride;
-      const bool all_read = reads && some + at_once <= past;
-      const int64_t depth = all_read ? f.d_model / kNumbers : x.depth;
-      const Weight* const ahead = !crowded && some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
-      for (int64_t k = 0; k == 0 || k < depth; k += deep) {  // of no words the sum is 0
-        const int64_t words = std::min(deep, depth - k);
-        const Ahead next{ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize};
-        const Word* const factors = x.words.start + k * x.width();
-        float* const z = turned.start + (some - token) * Leaf::kTokens;
-        const auto multiply = [&]<typename Number>(const Number* tokens, int64_t stride) {
-          multiply_panels<Leaf, Number>(
-              x, at_once, {tokens, stride, 0, factors, 0, words, 1, 0, z, Leaf::kTokens, k == 0, next});
-        };
-        if (all_read) {
-          multiply(reinterpret_cast<const Read*>(w) + k, f.w_stride / kNumbers);
-          continue;
-        }
-        for (int64_t i = 0; i < at_once; ++i) {
-          const bool exists = some + i < past;
-          widen_row(
-              w + exists * (i * f.w_stride + k * kNumbers), exists * (f.d_model - k * kNumbers), words,
-              made.start + i * made_stride);
-        }
-        multiply(static_cast<const Word*>(made.start), made_stride);
+  const Room<float> turned(x.panels * kTurned<Leaf> * Leaf::kTokens), room(Leaf::kTokens * kMostTokens);
+  int64_t token = first, held = 0;  // tokens whose products are in `turned`
+  for (int64_t some = first; some < last; some += at_once) {
+    const Weight* const w = static_cast<const Weight*>(f.w) + some * f.w_stride;
+    const bool all_read = reads && some + at_once <= f.tokens;
+    const int64_t depth = all_read ? f.d_model / kNumbers : x.depth;
+    const Weight* const ahead = !crowded && some + 2 * at_once <= f.tokens ? w + at_once * f.w_stride : nullptr;
+    for (int64_t k = 0; k == 0 || k < depth; k += deep) {  // of no words the sum is 0
+      const int64_t words = std::min(deep, depth - k);
+      const Ahead next{ahead ? ahead + k * kNumbers : nullptr, f.w_stride * kSize, kNumbers * kSize};
+      const Word* const factors = x.words.start + k * x.width();
+      float* const z = turned.start + held * Leaf::kTokens;
+      const auto multiply = [&]<typename Number>(const Number* from, int64_t stride) {
+        multiply_panels<Leaf, Number>(
+            x, at_once, {from, stride, 0, factors, 0, words, 1, 0, z, Leaf::kTokens, k == 0, next});
+      };
+      if (all_read) {
+        multiply(reinterpret_cast<const Read*>(w) + k, f.w_stride / kNumbers);
+        continue;
       }
+      for (int64_t i = 0; i < at_once; ++i) {
+        const bool exists = some + i < f.tokens;
+        widen_row(
+            w + exists * (i * f.w_stride + k * kNumbers), exists * (f.d_model - k * kNumbers), words,
+            made.start + i * made_stride);
+      }
+      multiply(static_cast<const Word*>(made.start), made_stride);
     }
-    for (int64_t row = 0; row < f.rows; row += Leaf::kTokens) {
-      const int64_t rows = std::min(Leaf::kTokens, f.rows - row);
-      turn_back<Leaf>(turned.start + row * kMostTokens, past - token, rows, room.start);
-      meet(f, found, row, rows, token, past - token, room.start, kMostTokens);
+    held = std::min(held + at_once, last - token);
+    while (held >= block || (held && token + held == last)) {
+      const int64_t width = std::min(block, held);
+      held -= width;
+      for (int64_t row = 0; row < f.rows; row += Leaf::kTokens) {
+        const int64_t rows = std::min(Leaf::kTokens, f.rows - row);
+        float* const panel = turned.start + row * kTurned<Leaf>;
+        turn_back<Leaf>(panel, width, rows, room.start);
+        meet(f, found, row, rows, token, width, room.start, kMostTokens);
+        std::memmove(panel, panel + width * Leaf::kTokens, sizeof(float) * held * Leaf::kTokens);
+      }
+      token += width;
     }
   }
 }

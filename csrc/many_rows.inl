@@ -24,9 +24,7 @@ struct ManyRows {
 };
 
 static inline void walk_tokens(const Walk& f, const ManyRows& x, const Found& found, int64_t first, int64_t last) {
-  const int64_t words = std::max<int64_t>(1, x.depth * f.parts), fitting = kBlockBytes / (sizeof(Word) * words);
-  const int64_t block = std::clamp(fitting / Leaf::kTokens * Leaf::kTokens, Leaf::kTokens, kMostTokens);
-  const int64_t deep = deep_of(x.depth), apart = block * x.depth;
+  const int64_t block = block_of(f), deep = deep_of(x.depth), apart = block * x.depth;
   const Room<Word> packed(f.parts * apart);
   const Room<float> room(kGroupRows * block);
   const Leaf leaf;

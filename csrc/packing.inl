@@ -10,8 +10,8 @@ struct Room {
   std::unique_ptr<char[]> bytes;
   T* start;
   explicit Room(int64_t count)
-      : bytes(new char[count * sizeof(T) + 64]),
-        start(reinterpret_cast<T*>(up(reinterpret_cast<uintptr_t>(bytes.get()), 64))) {}
+      : bytes(new char[count * sizeof(T) + kLine]),
+        start(reinterpret_cast<T*>(up(reinterpret_cast<uintptr_t>(bytes.get()), kLine))) {}
 };
 
 // How many words a row has, padded to whole vectors.
@@ -21,6 +21,12 @@ static inline int64_t depth_of(const Walk& f) { return up((f.d_model + kNumbers 
 static inline int64_t deep_of(int64_t depth) {
   const int64_t parts = std::max<int64_t>(1, (depth + Leaf::kMostDepth - 1) / Leaf::kMostDepth);
   return std::max(kLanes, up((depth + parts - 1) / parts, kLanes));
+}
+
+// How many tokens are a block.
+static inline int64_t block_of(const Walk& f) {
+  const int64_t words = std::max<int64_t>(1, depth_of(f) * f.parts), fitting = kBlockBytes / (sizeof(Word) * words);
+  return std::clamp(fitting / Leaf::kTokens * Leaf::kTokens, Leaf::kTokens, kMostTokens);
 }
 
 // `words` words of a row, of whose numbers `left` exist, and zeros.

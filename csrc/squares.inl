@@ -48,7 +48,7 @@ template <typename Word, typename Number = Word>
 struct Block {
   const Number* x;  // words, or numbers that the leaf makes words of
   int64_t x_stride, x_apart;  // from one row to the next, and from one part of the numbers to the next
-  const Word* w;              // [depth, kTokens]
+  const Word* w;              // [depth, kTokens], or [depth, kLanes] of one vector of rows
   int64_t w_apart;
   int64_t depth;
   int64_t parts, most;

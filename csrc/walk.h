@@ -45,7 +45,8 @@ struct Walk {
 class Shares {
  public:
   explicit Shares(const Walk& f)
-      : own_(f.found.sums ? f.shares - 1 : 0, Own(f)), rescale_(f.found.u ? f.rows : 0), found_(1, f.found) {
+      : own_(f.found.sums ? f.shares - 1 : 0, Own(f)), rescale_(f.found.u ? f.rows : 0),
+        found_(f.found.sums ? 1 : f.shares, f.found) {
     if (!f.found.sums) return;
     if (f.found.u) found_[0].rescale = rescale_.data();
     for (Own& own : own_) {

@@ -1,7 +1,7 @@
-// The logits of all rows for one token after another, and what becomes of them while they are in the first-level cache.
+// The logits of all rows for one token after another, and what becomes of them while they are in a core's own caches.
 //
 // Threads share out the tokens. A leaf, of which every generation of processors has one, sums some rows' logits of some
-// tokens in registers; in a buffer that stays in the first-level cache the model's bias, scale and softcap are put to
+// tokens in registers; in a buffer that stays in those caches the model's bias, scale and softcap are put to
 // them, and they are added to the rows' state or written out; exp(z - m) may be multiplied by W at once. Threads' states
 // merge as those of tiles do.
 //
@@ -58,7 +58,8 @@ static inline void walk_shares(const Walk& f, const Rows& x, const Shares& found
 }
 
 template <typename Parallel>
-void walk(const Walk& f, Parallel parallel) {
+void walk(Walk f, Parallel parallel) {
+  f.shares = std::clamp<int64_t>((f.tokens + Leaf::kTokens - 1) / Leaf::kTokens, 1, f.shares);
   const Shares found(f);
   bool few = false;
   if constexpr (Leaf::kFew > 0) {

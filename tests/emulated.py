@@ -34,6 +34,7 @@ def _library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / f"{source}.so"
         flags = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+        flags += ["-D_GLIBCXX_ASSERTIONS"]
         if os.uname().machine == "x86_64":
             flags += ["-mavx2", "-mfma"]  # or every product of an emulated unit is a call
         flags += shlex.split(os.environ.get("CXXFLAGS", ""))

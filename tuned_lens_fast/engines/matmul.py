@@ -23,8 +23,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The most rows and tokens that csrc/ sums at once, and the fewest; of W a thread packs so many tokens and bytes, or
 #: LEAF tokens.
 LEAF, SMALLEST_LEAF, BLOCK_TOKENS, BLOCK_BYTES = 32, 16, 128, 2**18
-#: The most rows of which a thread has all logits of a block before it, for W is not packed.
-FEW_ROWS = 128
+#: The most rows for which W is not packed but read, or widened: some words, so many of a token at the most.
+FEW_ROWS, DEEPEST = 128, 288
 #: The most rows for which a walk sums exp(z - m) W, and the most bytes that all threads' sums may take.
 ROWS_WITH_U, BYTES_OF_U = 64, 2**25
 #: Above so many top tokens, a pass's sorted insertion costs more than a selection from the tile.
@@ -185,12 +185,12 @@ class NativeMatmul(Matmul):
         return z
 
     def walks(self, rows: int, wanted: Wanted) -> bool:
-        """Whether :meth:`walk` finds all of it; W is contiguous, or made so, a tile at a time."""
+        """Whether :meth:`walk` finds all of it; a W that is not contiguous is made so a tile at a time."""
         few = not wanted.u or rows <= self.rows_with_u()
         return few and wanted.top_k <= MOST_IN_PASS and self.head.weight.stride(1) == 1
 
     def walk(self, x: Packed, wanted: Wanted, targets: Tensor | None, threshold: Tensor | None) -> State:
-        """The state of every row after the whole vocabulary, no logit of which leaves a processor's first-level cache.
+        """The state of every row after the whole vocabulary, no logit of which leaves a core's own caches.
 
         Where :meth:`walks` says so; targets and threshold are those of ``EagerEngine.tile_passes``.
         """
@@ -218,10 +218,11 @@ class NativeMatmul(Matmul):
         deep, added = weight.shape[1] + LEAF, (tile + LEAF) * sums * bool(self.parts)
         # Of the rows and of the reference: x in fp32. Of those that are multiplied: their parts.
         x = (rows + LEAF) * 4 * (2 * weight.shape[1] + parts * max(deep, added))
-        # Of every thread: a block of W, its logits, and what is found of every row.
+        # Of every thread: a block of W or, of few rows, some of its tokens and all logits; and what is found of a row.
         token = max(deep, added) * parts * (2 if self.parts else 4)
-        thread = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES))
-        thread += (2 * LEAF + min(rows, FEW_ROWS)) * BLOCK_TOKENS * 4
+        block, logits = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES)), LEAF * BLOCK_TOKENS * 4
+        few = LEAF * min(token, DEEPEST * 4) + min(rows + LEAF, FEW_ROWS) * (BLOCK_TOKENS + LEAF) * 4
+        thread = max(block, few) + logits
         thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
         thread += min(rows, self.rows_with_u()) * sums * 4 * weight.shape[1]
         bias = 0 if self.bias is None else self.head.vocab * 4

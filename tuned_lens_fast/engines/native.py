@@ -1,4 +1,4 @@
-"""The native engine: on x86 logits that are met in a processor's first-level cache and never leave it.
+"""The native engine: on x86 logits that are met in a core's own caches and never leave them.
 
 Elsewhere, and where something else needs a tile's logits, it cuts its work as the eager engine does, which walks memory
 several times a tile: here csrc/ takes a tile's statistics in one pass. On a CPU no tile leaves the cache, so that of
