@@ -16,9 +16,9 @@ import tuned_lens_fast as tl
 
 def documents():
     """Token ids of eight documents; the longest take several chunks."""
-    torch.manual_seed(2)
-    lengths = [400, 250, *torch.randint(1, 130, (6,)).tolist()]
-    return [torch.randint(0, 256, (length,)) for length in lengths]
+    random = torch.Generator().manual_seed(2)  # of its own: several threads ask for them at once
+    lengths = [400, 250, *torch.randint(1, 130, (6,), generator=random).tolist()]
+    return [torch.randint(0, 256, (length,), generator=random) for length in lengths]
 
 
 def decode(model, tokenizer, out, **changes):
