@@ -45,9 +45,9 @@ static inline void widen_row(
   for (; k < words; k += kLanes, from += left > 0 ? left : 0, left = 0) write({from, left}, k);
 }
 
-// How many words of each of `tokens` tokens there are in whole squares, `depth` at most.
-static inline int64_t whole_words(const Walk& f, int64_t depth, int64_t tokens) {
-  return tokens < kLanes ? 0 : std::min(f.d_model / (kLanes * kNumbers) * kLanes, depth);
+// How many words of each of `tokens` tokens there are in whole squares.
+static inline int64_t whole_words(const Walk& f, int64_t tokens) {
+  return tokens < kLanes ? 0 : f.d_model / (kLanes * kNumbers) * kLanes;
 }
 
 // The words of tokens `token` to `past`, [tokens / kTokens, depth, kTokens], one part `apart` from the one before.
@@ -56,7 +56,7 @@ static inline void pack(const Walk& f, int64_t depth, int64_t token, int64_t pas
   const int64_t stride = f.w_stride;
   for (; token < past; token += Leaf::kTokens, to += depth * Leaf::kTokens) {
     for (int64_t side = 0; side < Leaf::kTokens; side += kLanes) {
-      const int64_t tokens = std::max<int64_t>(0, past - token - side), whole = whole_words(f, depth, tokens);
+      const int64_t tokens = std::max<int64_t>(0, past - token - side), whole = whole_words(f, tokens);
       const Weight* const w = static_cast<const Weight*>(f.w) + (tokens ? (token + side) * stride : 0);
       const int64_t ahead = token + side + 2 * Leaf::kTokens <= f.tokens ? Leaf::kTokens * stride : 0;
       Word* at = to + side;

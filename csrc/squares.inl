@@ -5,7 +5,7 @@
 // Words of kLanes rows of W, a vector of each, transposed: [kLanes, `to_stride`], a word of all rows after another.
 template <typename Weight>
 INLINED void pack_square(
-    const Weight* w, int64_t stride, Word* to, int64_t to_stride, int64_t parts = 1, int64_t apart = 0) {
+    const Weight* w, int64_t stride, Word* to, int64_t to_stride, int64_t parts, int64_t apart) {
   Numbers<Weight> numbers[kLanes];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kLanes; ++i) numbers[i] = Numbers<Weight>(w + i * stride, kLanes * kNumbers);

@@ -80,6 +80,16 @@ def test_against_float64(case, rows, width, d_model, seed):
 
 
 @every
+@pytest.mark.parametrize("rows", [5, 20, 140])
+def test_more_tokens_than_a_block_has(unit, dtype, parts, most, off, rows):
+    """Of few rows, some tokens' products pass a block's end."""
+    x, weight = normal(rows, 40).to(dtype), normal(700, 40, seed=1).to(dtype)
+    exact = x.double() @ weight.double().T
+    allowed = off * (x.double().abs() @ weight.double().abs().T) + 1e-30
+    assert ((product(unit, x, weight, parts, most) - exact).abs() <= allowed).all()
+
+
+@every
 @pytest.mark.parametrize("start", [0, 1])
 def test_weights_between_other_numbers(unit, dtype, parts, most, off, start):
     """Pairs of W that lie on no pair's boundary, or only in every other row; rows that share sets of a cache."""

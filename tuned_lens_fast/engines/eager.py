@@ -183,7 +183,7 @@ def plan(
     rows = min(best_rows * (1 + gradient), max(1, layers * positions))
 
     def needed(rows: int, tile: int) -> int:
-        sums = gradient or "kl" in query.stats
+        sums = gradient or ("kl" in query.stats and "kl" not in by_two_passes(query, head))
         scratch = scratch_bytes(rows, tile, d_model, head, query, wide, gradient, cast)
         return scratch + matmul.scratch(rows, tile, query.top_k, sums)
 

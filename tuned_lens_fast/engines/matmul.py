@@ -221,7 +221,7 @@ class NativeMatmul(Matmul):
         # Of every thread: a block of W or, of few rows, some of its tokens and all logits; and what is found of a row.
         token = max(deep, added) * parts * (2 if self.parts else 4)
         block, logits = max(LEAF * token, min(BLOCK_TOKENS * token, BLOCK_BYTES)), LEAF * BLOCK_TOKENS * 4
-        few = LEAF * min(token, DEEPEST * 4) + min(rows + LEAF, FEW_ROWS) * (BLOCK_TOKENS + LEAF) * 4
+        few = LEAF * min(token, DEEPEST * 4) + min(-(-rows // LEAF) * LEAF, FEW_ROWS) * (BLOCK_TOKENS + LEAF) * 4
         thread = max(block, few) + logits
         thread += rows * 8 * (3 + (top_k if top_k <= MOST_IN_PASS else 0))
         thread += min(rows, self.rows_with_u()) * sums * 4 * weight.shape[1]
